@@ -1,0 +1,141 @@
+"""How much may stay. Counts are exact integers: fractions are read as the decimal the user typed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from fractions import Fraction
+from math import floor, isfinite
+from typing import Any
+
+from secateur.core.errors import BudgetError
+from secateur.core.units import UnitKind
+
+
+class Quantity(StrEnum):
+    """What a budget counts."""
+
+    SPARSITY = "sparsity"  # fraction of the units removed
+    DENSITY = "density"  # fraction of the units kept
+    UNITS = "units"  # number of units kept
+    PARAMETERS = "parameters"  # number of parameters kept in the sites
+    FLOPS = "flops"  # fraction of the model's FLOPs kept; needs a cost model
+    BYTES = "bytes"  # bytes of the saved weights; needs a cost model
+    MILLISECONDS = "milliseconds"  # measured latency; needs a latency table
+
+
+COUNTED = {Quantity.SPARSITY, Quantity.DENSITY, Quantity.UNITS, Quantity.PARAMETERS}
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """N:M sparsity: of every `of` consecutive inputs of a row, `keep` stay (2:4 keeps 2 of 4)."""
+
+    keep: int
+    of: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep < self.of:
+            raise BudgetError(
+                f"pattern {self.keep}:{self.of} is not possible; give KEEP:OF with 0 < KEEP < OF, for example 2:4"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Read `"2:4"` as keep 2 of 4."""
+        keep, colon, of = text.partition(":")
+        if not (colon and keep.strip().isdigit() and of.strip().isdigit()):
+            raise BudgetError(f"pattern '{text}' is not of the form KEEP:OF, for example 2:4")
+        return cls(int(keep), int(of))
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.of}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An amount of something that may stay (or, for sparsity, must go).
+
+    Attributes:
+        amount: the number, in the unit that `quantity` says.
+        quantity: what is counted.
+        floor: every site keeps at least `min(floor, its units)` units.
+        pattern: N:M; fixes the sparsity of every row.
+        per_kind: other amounts for single kinds of unit, e.g. heads 0.25 and neurons 0.5.
+    """
+
+    amount: float
+    quantity: Quantity = Quantity.SPARSITY
+    floor: int = 0
+    pattern: Pattern | None = None
+    per_kind: tuple[tuple[UnitKind, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        for amount in (self.amount, *(a for _, a in self.per_kind)):
+            self._check(amount)
+        if self.floor < 0:
+            raise BudgetError(f"floor must be 0 or more units per site, got {self.floor}")
+
+    def _check(self, amount: float) -> None:
+        if not isfinite(amount):
+            raise BudgetError(f"{self.quantity} must be a finite number, got {amount}")
+        if self.quantity is Quantity.SPARSITY and not 0 <= amount < 1:
+            raise BudgetError(f"sparsity must be in [0, 1), got {amount:g}; 0.5 removes half of the units")
+        if self.quantity in (Quantity.DENSITY, Quantity.FLOPS) and not 0 < amount <= 1:
+            raise BudgetError(f"{self.quantity} must be in (0, 1], got {amount:g}")
+        if amount < 0:
+            raise BudgetError(f"{self.quantity} must not be negative, got {amount:g}")
+
+    @classmethod
+    def nm(cls, pattern: Pattern | str) -> Budget:
+        """The budget of an N:M pattern."""
+        pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
+        return cls(1 - pattern.keep / pattern.of, pattern=pattern)
+
+    def of(self, kind: UnitKind) -> Budget:
+        """This budget for units of one kind."""
+        for name, amount in self.per_kind:
+            if name is kind:
+                return replace(self, amount=amount, per_kind=())
+        return replace(self, per_kind=())
+
+    def keep(self, units: int, cost: int = 1) -> int:
+        """How many of `units` units stay, each worth `cost` parameters.
+
+        Sparsity s removes floor(s * units), the rule of Wanda and of global magnitude; s is read as
+        the decimal it prints as, so 0.29 of 100 is 29 and not 28.
+
+        Raises:
+            BudgetError: the amount is out of reach, or the quantity needs a cost model.
+        """
+        match self.quantity:
+            case Quantity.SPARSITY:
+                return units - floor(Fraction(str(self.amount)) * units)
+            case Quantity.DENSITY:
+                return floor(Fraction(str(self.amount)) * units)
+            case Quantity.UNITS:
+                kept = int(self.amount)
+            case Quantity.PARAMETERS:
+                kept = int(self.amount) // cost
+            case _:
+                raise BudgetError(
+                    f"a budget in {self.quantity} needs a method with a cost model; this method takes "
+                    f"{', '.join(sorted(COUNTED))}"
+                )
+        if kept > units:
+            raise BudgetError(f"cannot keep {kept} of {units} units; the reachable range is 0 to {units}")
+        return kept
+
+    def __str__(self) -> str:
+        pattern = f" as {self.pattern} (keep {self.pattern.keep} of {self.pattern.of})" if self.pattern else ""
+        return f"{self.quantity} {self.amount:g}{pattern}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `plan.json`."""
+        return {
+            "amount": self.amount,
+            "quantity": self.quantity.value,
+            "floor": self.floor,
+            "pattern": str(self.pattern) if self.pattern else None,
+            "per_kind": {kind.value: amount for kind, amount in self.per_kind},
+        }

@@ -1,0 +1,110 @@
+"""Output folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from secateur.core.errors import OutputError, PlanError
+
+MARK = ".secateur-tmp-"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def sweep(parent: Path) -> list[Path]:
+    """Delete temporary folders that killed runs left in `parent`; folders of living runs stay."""
+    swept = []
+    for path in parent.glob(f".*{MARK}*"):
+        pid = path.name.partition(MARK)[2].partition("-")[0]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+            swept.append(path)
+    return swept
+
+
+def check_free(target: Path, force: bool) -> None:
+    """Refuse early, before any long work, to write where something already is."""
+    if target.exists() and not force:
+        raise OutputError(f"'{target}' exists already; choose another --out or add --force to replace it")
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"'{target}' is a file, not a folder; choose another --out")
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path, force: bool = False) -> Iterator[Path]:
+    """A temporary sibling of `target` to write into; renamed to `target` when the block succeeds.
+
+    Any error, Ctrl-C included, removes the temporary folder and leaves `target` as it was. What a
+    killed process leaves behind is removed by the next run beside it.
+
+    Raises:
+        OutputError: the target exists, or the disk is full or not writable.
+    """
+    target = Path(os.path.abspath(target))
+    check_free(target, force)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sweep(target.parent)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}{MARK}{os.getpid()}-", dir=target.parent))
+    except OSError as error:
+        raise OutputError(f"cannot write beside '{target}': {error.strerror}") from error
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        _swap(temporary, target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(f"disk full while writing '{target}'; nothing was kept, free some space") from error
+        raise
+    except Exception as error:
+        # safetensors wraps the operating system's error in one of its own
+        if "No space left on device" in str(error):
+            raise OutputError(f"disk full while writing '{target}'; nothing was kept, free some space") from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(new: Path, target: Path) -> None:
+    if target.exists():
+        old = new.with_name(new.name + "-old")
+        os.rename(target, old)
+        os.rename(new, target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.rename(new, target)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write with sorted keys and a final newline: equal data, equal bytes."""
+    path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        PlanError: missing or not JSON; names the file.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PlanError(f"'{path}' does not exist") from None
+    except (OSError, ValueError) as error:
+        raise PlanError(f"'{path}' cannot be read as JSON: {error}") from error

@@ -1,0 +1,221 @@
+"""How a method is written down: metadata, settings, and one function that decides what stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+
+from secateur.core.budget import Budget
+from secateur.core.errors import SettingsError, UnknownNameError
+from secateur.core.progress import Progress, Silent
+from secateur.core.seeding import generator
+from secateur.core.tags import Tags
+from secateur.core.units import Site, UnitKind
+
+
+class Settings(BaseModel):
+    """Base of a method's settings: frozen, unknown names refused, every field described."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Protocol(StrEnum):
+    """When a method acts: the four protocols of the library."""
+
+    PLAN = "plan"  # before or after training: (model, budget, data) -> plan
+    SPARSIFIER = "sparsifier"  # during training: step() after optimizer.step()
+    PROCEDURE = "procedure"  # around training: over the caller's own fit(model)
+    ATTACHMENT = "attachment"  # at run time: a context manager
+
+
+class Group(StrEnum):
+    """Over what a method meets the sparsity exactly: floor(sparsity * size) units of it go."""
+
+    TOTAL = "total"
+    SITE = "site"
+    ROW = "row"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One call of a model: positional and keyword inputs, and the target where there is one."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    target: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All input tensors in a fixed order, the target last."""
+        inputs = [*self.args, *(self.kwargs[key] for key in sorted(self.kwargs)), self.target]
+        return [item for item in inputs if isinstance(item, Tensor)]
+
+    @property
+    def samples(self) -> int:
+        """Number of sequences or images: the first dimension of the first tensor."""
+        return int(self.tensors[0].shape[0])
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+
+        def move(item: Any) -> Any:
+            return item.to(device) if isinstance(item, Tensor) else item
+
+        return Batch(
+            tuple(map(move, self.args)), {key: move(value) for key, value in self.kwargs.items()}, move(self.target)
+        )
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method works on.
+
+    Attributes:
+        model: in eval mode, without gradients; a method leaves it as it found it.
+        budget: how much may stay.
+        batches: calibration data; empty for methods that need none.
+        seed: for every random draw, through `rng`.
+        include, exclude: shell patterns over site names; exclude wins.
+        keep_scores: whether the decision should carry its scores.
+        progress: where long work reports to.
+    """
+
+    model: nn.Module
+    budget: Budget
+    batches: Sequence[Batch] = ()
+    seed: int = 0
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    keep_scores: bool = False
+    progress: Progress = field(default_factory=Silent)
+
+    def rng(self, *purpose: str) -> torch.Generator:
+        """A generator for one purpose, e.g. one site."""
+        return generator(self.seed, *purpose)
+
+    def wants(self, name: str) -> bool:
+        """Whether the user's patterns let a site be pruned.
+
+        A pattern matches a whole name; one without the `.weight` of a parameter matches its layer.
+        """
+        layer = name.removesuffix(".weight")
+
+        def matches(pattern: str) -> bool:
+            return fnmatchcase(name, pattern) or fnmatchcase(layer, pattern)
+
+        return any(map(matches, self.include)) and not any(map(matches, self.exclude))
+
+
+@dataclass
+class Decision:
+    """What a method returns; the library turns it into a plan with provenance.
+
+    Attributes:
+        sites, masks: what there was and what stays.
+        weights: new values of parameters, for methods that compensate.
+        scores: site -> scores, same shape as the mask, for `Task.keep_scores`.
+        facts: site -> figures worth a column in the report.
+        warnings: sentences for the user.
+    """
+
+    sites: dict[str, Site] = field(default_factory=dict)
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    facts: dict[str, dict[str, float]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+PlanFunction = Callable[[Task, Any], Decision]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A catalogue entry. Everything about a method that others generate from is here.
+
+    Attributes:
+        name: snake_case; hyphens are accepted from users.
+        paper: number or id of the paper in the library's list, e.g. "15" or "B1".
+        title: the paper's title.
+        citation: authors, year, venue, arXiv number.
+        formula: the score or rule in one line.
+        kind: which of the four protocols.
+        tags: the survey's taxonomy.
+        settings: class of the settings.
+        run: the protocol's function.
+        units: what it removes.
+        exact: over what the sparsity is met exactly.
+        needs_data, needs_labels: what calibration must provide.
+        patterns: whether N:M budgets are supported.
+        changes_weights: whether kept weights get new values.
+    """
+
+    name: str
+    paper: str
+    title: str
+    citation: str
+    formula: str
+    kind: Protocol
+    tags: Tags
+    settings: type[Settings]
+    run: PlanFunction
+    units: UnitKind
+    exact: Group
+    needs_data: bool = False
+    needs_labels: bool = False
+    patterns: bool = False
+    changes_weights: bool = False
+
+    def configure(self, values: dict[str, Any]) -> Settings:
+        """Checked settings from names and values (strings are converted).
+
+        Raises:
+            UnknownNameError: no such setting; gives the nearest names.
+            SettingsError: a value of the wrong type or out of range.
+        """
+        for name in values:
+            if name not in self.settings.model_fields:
+                raise UnknownNameError(f"setting of {self.name}", name, self.settings.model_fields)
+        try:
+            return self.settings(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "settings"
+            raise SettingsError(f"setting '{place}' of {self.name}: {first['msg']}, got {first['input']!r}") from None
+
+    def describe_settings(self) -> list[dict[str, Any]]:
+        """Name, type, default and meaning of every setting."""
+        return [
+            {
+                "name": name,
+                "type": getattr(info.annotation, "__name__", str(info.annotation)),
+                "default": info.default,
+                "help": info.description or "",
+            }
+            for name, info in self.settings.model_fields.items()
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """The catalogue entry as plain data."""
+        return {
+            "name": self.name,
+            "paper": self.paper,
+            "title": self.title,
+            "citation": self.citation,
+            "formula": self.formula,
+            "kind": self.kind.value,
+            "units": self.units.value,
+            "needs_data": self.needs_data,
+            "needs_labels": self.needs_labels,
+            "patterns": self.patterns,
+            "changes_weights": self.changes_weights,
+            "tags": self.tags.to_json(),
+            "settings": self.describe_settings(),
+        }

@@ -1,0 +1,107 @@
+"""Batches from whatever the user has, and how a model is run and scored on one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from secateur.core.errors import DataError
+from secateur.core.method import Batch
+from secateur.data.dataset import Dataset
+
+
+def as_batches(data: Any, size: int = 8) -> list[Batch]:
+    """Batches from a Dataset, one tensor, or an iterable such as a DataLoader.
+
+    Items of an iterable may be a `Batch`, a tensor (the model's only input), a mapping (keyword
+    inputs; `labels` are the target) or a pair (input, target). They are taken as the batches that
+    they are; a tensor or a Dataset is cut into batches of `size`.
+
+    Raises:
+        DataError: nothing usable; says what was found.
+    """
+    if isinstance(data, Dataset):
+        return list(data.batches(size))
+    if isinstance(data, Tensor):
+        return [Batch((chunk,)) for chunk in torch.split(data, size)]
+    if isinstance(data, (Batch, Mapping)):
+        data = [data]
+    if not isinstance(data, Iterable):
+        raise DataError(f"data must be a Dataset, a tensor or an iterable of batches, got {type(data).__name__}")
+    batches = [_as_batch(item) for item in data]
+    if not batches:
+        raise DataError("the data holds no batches")
+    return batches
+
+
+def _as_batch(item: Any) -> Batch:
+    if isinstance(item, Batch):
+        return item
+    if isinstance(item, Tensor):
+        return Batch((item,))
+    if isinstance(item, Mapping):
+        labels = item.get("labels")
+        # a language model's labels repeat its inputs; the shifted loss is computed from the logits here
+        target = labels if isinstance(labels, Tensor) and labels.dim() == 1 else None
+        return Batch(kwargs={key: value for key, value in item.items() if key != "labels"}, target=target)
+    if isinstance(item, (tuple, list)) and len(item) == 2:
+        return Batch((item[0],), target=item[1])
+    raise DataError(f"a batch must be a tensor, a mapping or a pair (input, target), got {type(item).__name__}")
+
+
+def run(model: nn.Module, batch: Batch) -> Any:
+    """The model's raw output; a transformers model is asked not to build a key/value cache."""
+    extra = {"use_cache": False} if "use_cache" in _config_fields(model) and "use_cache" not in batch.kwargs else {}
+    return model(*batch.args, **batch.kwargs, **extra)
+
+
+def _config_fields(model: nn.Module) -> Mapping[str, Any]:
+    config = getattr(model, "config", None)
+    return config.to_dict() if hasattr(config, "to_dict") else {}
+
+
+def logits_of(output: Any) -> Tensor:
+    """The tensor that matters in a model's output: `.logits`, the tensor itself, or a tuple's first."""
+    if isinstance(output, Tensor):
+        return output
+    for name in ("logits", "last_hidden_state"):
+        if isinstance(found := getattr(output, name, None), Tensor):
+            return found
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        return output[0]
+    raise DataError(f"the model returns {type(output).__name__}; expected a tensor, a tuple or an object with .logits")
+
+
+def forward(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's logits on one batch."""
+    return logits_of(run(model, batch))
+
+
+def token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Next-token cross entropy in nats, `[sequences, length - 1]`, in float32.
+
+    Args:
+        logits: `[sequences, length, vocabulary]`.
+        tokens: int64 `[sequences, length]`.
+    """
+    flat = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    return flat.view(tokens.shape[0], -1)
+
+
+def task_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross entropy: against the target, or against the next tokens for a language model.
+
+    Raises:
+        DataError: there is no target and the inputs are not token ids.
+    """
+    logits = forward(model, batch)
+    if batch.target is not None:
+        return F.cross_entropy(logits.float(), batch.target)
+    tokens = next((item for item in batch.tensors if item.dtype == torch.int64 and item.dim() == 2), None)
+    if tokens is None or logits.dim() != 3:
+        raise DataError("this needs a loss, but the data has no labels and is not text; give data with labels")
+    return token_losses(logits, tokens).mean()
