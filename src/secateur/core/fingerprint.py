@@ -13,8 +13,8 @@ def tensor_digest(tensor: Tensor) -> str:
     """A hash of the tensor's bytes (16 hex digits); `"meta"` where there are no bytes."""
     if tensor.device.type == "meta":
         return "meta"
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(memoryview(data), digest_size=8).hexdigest()
+    data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def describe(tensor: Tensor) -> str:

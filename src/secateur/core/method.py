@@ -103,12 +103,13 @@ class Task:
     def wants(self, name: str) -> bool:
         """Whether the user's patterns let a site be pruned.
 
-        A pattern matches a whole name; one without the `.weight` of a parameter matches its layer.
+        A pattern that matches a module's name speaks for everything inside that module.
         """
-        layer = name.removesuffix(".weight")
+        parts = name.split(".")
+        prefixes = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
         def matches(pattern: str) -> bool:
-            return fnmatchcase(name, pattern) or fnmatchcase(layer, pattern)
+            return any(fnmatchcase(prefix, pattern) for prefix in prefixes)
 
         return any(map(matches, self.include)) and not any(map(matches, self.exclude))
 

@@ -60,7 +60,7 @@ def run(model: nn.Module, batch: Batch) -> Any:
 
 
 def _config_fields(model: nn.Module) -> Mapping[str, Any]:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.to_dict() if hasattr(config, "to_dict") else {}
 
 

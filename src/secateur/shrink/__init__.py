@@ -1,1 +1,1 @@
-"""..."""
+"""Making a plan real: masks, removal of blocks, saving and loading."""

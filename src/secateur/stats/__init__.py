@@ -1,1 +1,1 @@
-"""..."""
+"""Statistics of activations and gradients, gathered block by block."""

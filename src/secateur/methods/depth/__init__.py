@@ -1,1 +1,1 @@
-"""..."""
+"""Methods that remove whole blocks."""

@@ -1,1 +1,1 @@
-"""..."""
+"""Methods that remove single weights of block stacks, layer by layer."""

@@ -1,1 +1,1 @@
-"""..."""
+"""Methods that remove single weights, any network."""

@@ -1,0 +1,182 @@
+"""The Python interface: plan, and the parts it is used with."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.core import catalogue
+from secateur.core.budget import Budget, Pattern
+from secateur.core.distributed import agreed
+from secateur.core.errors import BudgetError, DataError, ModelError
+from secateur.core.fingerprint import data_digest
+from secateur.core.method import Batch, Decision, Method, Protocol, Settings, Task
+from secateur.core.plan import Plan, Provenance, versions
+from secateur.core.progress import Progress, Silent
+from secateur.core.seeding import seeded
+from secateur.data.batches import as_batches
+from secateur.data.dataset import Dataset
+from secateur.shrink.apply import stamp
+
+
+@cache
+def methods() -> dict[str, Method]:
+    """The catalogue: name -> method, third parties' included."""
+    return catalogue.collect("secateur.methods")
+
+
+def plan(
+    model: nn.Module,
+    method: str,
+    sparsity: float | None = None,
+    *,
+    pattern: str | None = None,
+    budget: Budget | None = None,
+    data: Any = None,
+    seed: int = 0,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    keep_scores: bool = False,
+    source: str = "",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Plan:
+    """Decide what a model can do without. The model is left exactly as it was.
+
+    Args:
+        model: any module; a transformers model needs nothing special.
+        method: a name from `methods()`; hyphen or underscore.
+        sparsity: fraction of the method's units to remove, in [0, 1).
+        pattern: instead of a sparsity, "2:4": keep 2 of every 4 inputs.
+        budget: instead of both, a `Budget` with a floor or in other quantities.
+        data: calibration data: a Dataset, a tensor of inputs, or an iterable of batches
+            (tensors, mappings, (input, target) pairs).
+        seed: of everything random; same seed, same plan, bit for bit.
+        include: shell patterns over module and parameter names that may be pruned.
+        exclude: patterns that may not; wins over `include`.
+        keep_scores: store the scores in the plan.
+        source: where the model came from, for the provenance.
+        progress: receives progress; silent by default.
+        **settings: the method's own settings.
+
+    Returns:
+        The plan. In a distributed job every rank gets rank 0's.
+
+    Raises:
+        UnknownNameError: no such method or setting; gives the nearest names.
+        BudgetError: the budget is malformed, out of reach, or would empty a layer.
+        DataError, NumericsError, ModelError: what is wrong, and with which layer.
+    """
+    entry = catalogue.find(methods(), method)
+    if entry.kind is not Protocol.PLAN:
+        raise ModelError(f"{entry.name} is no one-shot method (it is a {entry.kind}); it cannot make a plan by itself")
+    checked = entry.configure(settings)
+    budget = _budget(entry, sparsity, pattern, budget)
+    batches = _calibration(entry, data)
+    task = Task(
+        model=model,
+        budget=budget,
+        batches=batches,
+        seed=seed,
+        include=tuple(include),
+        exclude=tuple(exclude),
+        keep_scores=keep_scores,
+        progress=progress or Silent(),
+    )
+    with evaluating(model), seeded(seed):
+        decision = agreed(entry.run(task, checked))
+    made = Plan(
+        sites=decision.sites,
+        masks={name: mask.cpu() for name, mask in decision.masks.items()},
+        weights={name: value.cpu() for name, value in decision.weights.items()},
+        scores={name: value.cpu() for name, value in decision.scores.items()},
+        provenance=(_provenance(entry, checked, task, data, source),),
+        warnings=tuple(decision.warnings),
+        facts=decision.facts,
+    )
+    _refuse_empty(made, budget, decision)
+    stamp(model, made)
+    return made
+
+
+def _budget(entry: Method, sparsity: float | None, pattern: str | None, budget: Budget | None) -> Budget:
+    given = [item for item in (sparsity, pattern, budget) if item is not None]
+    if len(given) != 1:
+        raise BudgetError(f"give exactly one of sparsity, pattern and budget; got {len(given)}")
+    if pattern is not None:
+        budget = Budget.nm(Pattern.parse(pattern))
+    elif sparsity is not None:
+        budget = Budget(sparsity)
+    assert budget is not None
+    if budget.pattern and not entry.patterns:
+        raise BudgetError(f"{entry.name} does not support N:M patterns; give a sparsity")
+    return budget
+
+
+def _calibration(entry: Method, data: Any) -> list[Batch]:
+    if data is None:
+        if entry.needs_data:
+            raise DataError(f"{entry.name} needs calibration data; give data=... (--data)")
+        return []
+    return as_batches(data) if entry.needs_data else []
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; every module's own mode is put back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _provenance(entry: Method, settings: Settings, task: Task, data: Any, source: str) -> Provenance:
+    described: dict[str, Any] = {}
+    if task.batches:
+        described = {
+            "name": data.name if isinstance(data, Dataset) else type(data).__name__,
+            "digest": data_digest([tensor for batch in task.batches for tensor in batch.tensors]),
+            "samples": sum(batch.samples for batch in task.batches),
+        }
+    return Provenance(
+        method=entry.name,
+        settings=settings.model_dump(mode="json"),
+        budget=task.budget.to_json() | {"include": list(task.include), "exclude": list(task.exclude)},
+        seed=task.seed,
+        model={"class": type(task.model).__name__, "source": source},
+        data=described,
+        versions=versions(),
+    )
+
+
+def _refuse_empty(made: Plan, budget: Budget, decision: Decision) -> None:
+    """A layer without any weight passes no signal: say so instead of saving a dead model."""
+    for name, mask in made.masks.items():
+        if mask.numel() and not bool(mask.any()):
+            fullest = max(decision.masks, key=lambda other: float(decision.masks[other].float().mean()))
+            raise BudgetError(
+                f"layer '{name}' would keep 0 of {mask.numel()} units at {budget} (densest: '{fullest}'); lower the "
+                f"sparsity, exclude the layer, or keep a minimum everywhere (a Budget with floor=1; "
+                f"global_magnitude: --set minimum=1)"
+            )
+    kept, total = made.units()
+    if kept == total and budget.amount > 0 and not budget.pattern:
+        smallest = min(site.matrix_shape[1] if len(site.shape) > 1 else site.units for site in made.sites.values())
+        raise BudgetError(
+            f"{budget} removes nothing in any of {len(made.sites)} sites; "
+            f"the smallest step of the narrowest is {1 / smallest:.4g}"
+        )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter; CPU for a model without any."""
+    first = next(model.parameters(), None)
+    return first.device if first is not None else torch.device("cpu")

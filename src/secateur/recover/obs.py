@@ -1,0 +1,144 @@
+"""Optimal-Brain-Surgeon compensation of one layer (Frantar and Alistarh 2023, SparseGPT).
+
+Letters: O outputs, I inputs, W `[O, I]` weights, H `[I, I]` Hessian of the layer's squared output
+error, U upper Cholesky factor of the inverse: H^-1 = U^T U.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur.core.errors import NumericsError
+
+MaskRule = Callable[[Tensor, Tensor], Tensor]
+"""(compensated weights `[O, b]`, diagonal of U `[b]`) of the columns ahead -> keep-mask `[O, b]`."""
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """U, the inputs that are always zero, and the damping that was needed (fraction of mean diag H)."""
+
+    upper: Tensor
+    dead: Tensor
+    damping: float
+
+
+def inverse_factor(hessian: Tensor, damping: float = 0.01) -> InverseFactor:
+    """Upper Cholesky factor of the damped inverse Hessian.
+
+    Inputs that are always zero get a unit diagonal. If the factorisation fails the damping is
+    raised tenfold, up to 1e3 times the mean diagonal, and the value used is reported.
+
+    Raises:
+        NumericsError: no damping helped (the Hessian is not a second moment).
+    """
+    dead = hessian.diagonal() == 0
+    h = hessian.double() if hessian.device.type == "cpu" else hessian.float()
+    h = h + torch.diag(dead.to(h.dtype))
+    mean = h.diagonal().mean()
+    used = damping
+    while used <= 1e3:
+        lower, info = torch.linalg.cholesky_ex(h + used * mean * torch.eye(len(h), dtype=h.dtype, device=h.device))
+        if not info:
+            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not info and torch.isfinite(upper).all():
+                return InverseFactor(upper.to(torch.float32), dead, used)
+        used = max(used * 10, 1e-8)
+    raise NumericsError("the Hessian cannot be factorised even when strongly damped")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Result of `sweep`: new weights, what was kept, and the layer's summed squared output error / 2."""
+
+    weight: Tensor
+    keep: Tensor
+    error: float
+
+
+def sweep(
+    weight: Tensor,
+    factor: InverseFactor,
+    rule: MaskRule,
+    *,
+    width: int = 128,
+    lookahead: int | None = None,
+    quantise: Callable[[Tensor], Tensor] | None = None,
+) -> Sweep:
+    """Walk the columns left to right, zero what the rule drops, push the error onto the columns ahead.
+
+    Args:
+        weight: `[O, I]`, any float dtype; the work is done in float32.
+        factor: of the layer's Hessian.
+        rule: chooses the mask of the next columns from weights that already carry the compensation.
+        width: columns per lazy block; the update to the right of a block is one matrix product.
+        lookahead: how many columns the rule decides at once; None = a whole block.
+        quantise: rounds a column `[O]` to its grid; must map 0 to 0.
+    """
+    W = weight.detach().clone().float()
+    U = factor.upper
+    W[:, factor.dead] = 0
+    keep = torch.ones_like(W, dtype=torch.bool)
+    error = torch.zeros((), dtype=torch.float64, device=W.device)
+    for start in range(0, W.shape[1], width):
+        end = min(start + width, W.shape[1])
+        inside = slice(start, end)
+        block = _Block(W[:, inside], keep[:, inside], U[inside, inside])
+        errors = block.solve(rule, lookahead or width, quantise)
+        error += errors.square().sum(dtype=torch.float64)
+        W[:, end:] -= errors @ U[inside, end:]
+    return Sweep(W.to(weight.dtype), keep, error.item() / 2)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Views of one block of columns: weights `[O, b]`, mask `[O, b]`, factor `[b, b]`."""
+
+    W: Tensor
+    keep: Tensor
+    U: Tensor
+
+    def solve(self, rule: MaskRule, ahead: int, quantise: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """Zero and compensate column by column, in place; returns the scaled errors `[O, b]`.
+
+        The loop runs on a transposed copy: rows of a contiguous `[b, O]` are columns of W.
+        """
+        columns = self.W.t().contiguous()  # (b, O)
+        errors = torch.zeros_like(columns)
+        diagonal = self.U.diagonal()
+        for i in range(len(columns)):
+            if i % ahead == 0:
+                self.keep[:, i : i + ahead] = rule(columns[i : i + ahead].t(), diagonal[i : i + ahead])
+            value = columns[i] * self.keep[:, i]
+            if quantise is not None:
+                value = quantise(value)
+            errors[i] = (columns[i] - value) / diagonal[i]
+            columns[i] = value
+            columns[i + 1 :].addr_(self.U[i, i + 1 :], errors[i], alpha=-1)
+        self.W.copy_(columns.t())
+        return errors.t()
+
+
+def solve_on_support(weight: Tensor, hessian: Tensor, keep: Tensor) -> Tensor:
+    """The exact optimum of the layer's squared error for a given mask: w_K = H_KK^-1 (H w)_K per row.
+
+    Args:
+        weight: `[O, I]`.
+        hessian: `[I, I]`, positive definite on every row's support.
+        keep: bool `[O, I]`.
+
+    Returns:
+        float64 `[O, I]`, zero outside the mask.
+    """
+    W, H = weight.double(), hessian.double()
+    solved = torch.zeros_like(W)
+    target = W @ H
+    for row in range(len(W)):
+        support = keep[row].nonzero().squeeze(1)
+        if len(support):
+            solved[row, support] = torch.linalg.solve(H[support][:, support], target[row, support])
+    return solved

@@ -1,0 +1,103 @@
+"""Removing whole blocks: the list, the config's counts and per-layer lists, cache and layer indices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.core.errors import PlanError
+
+INDEX = re.compile(r"layer_(idx|id|index|number)$")
+COUNT = re.compile(r"^(num_|n_)?(encoder_|decoder_)?(hidden_)?layers?$")
+PER_LAYER = re.compile(r"layer")
+
+Undo = Callable[[], None]
+
+
+def remove_blocks_(model: nn.Module, stack: str, keep: Sequence[bool]) -> Undo:
+    """Take the blocks with `keep[i] == False` out of the module list named `stack`, in place.
+
+    Layer indices inside the kept blocks (key/value cache slots) are renumbered; the owning
+    transformers config, where there is one, gets the new number of layers and its per-layer lists
+    (attention kinds and the like) lose the same entries.
+
+    Returns:
+        A function that puts everything back.
+
+    Raises:
+        PlanError: no such list, or it has another number of blocks.
+    """
+    parent_name, _, leaf = stack.rpartition(".")
+    try:
+        blocks = model.get_submodule(stack)
+    except AttributeError:
+        raise PlanError(f"the model has no list of blocks named '{stack}'") from None
+    if not isinstance(blocks, (nn.ModuleList, nn.Sequential)) or len(blocks) != len(keep):
+        found = len(blocks) if isinstance(blocks, (nn.ModuleList, nn.Sequential)) else "no"
+        raise PlanError(f"'{stack}' has {found} blocks, the plan was made for {len(keep)}; was it applied already?")
+    kept = [index for index, stays in enumerate(keep) if stays]
+    changes = [(model.get_submodule(parent_name), leaf, type(blocks)(*_arguments(blocks, kept)))]
+    for new, old in enumerate(kept):
+        changes += _renumbered(blocks[old], old, new)
+    changes += _config_changes(model, stack, keep)
+    return _set_all(changes)
+
+
+def _arguments(blocks: nn.ModuleList | nn.Sequential, kept: list[int]) -> list[Any]:
+    members = [blocks[index] for index in kept]
+    return members if isinstance(blocks, nn.Sequential) else [members]
+
+
+def _renumbered(block: nn.Module, old: int, new: int) -> Iterator[tuple[Any, str, Any]]:
+    for module in block.modules():
+        for name, value in vars(module).items():
+            # some count layers from 1: keep the offset
+            if INDEX.search(name) and isinstance(value, int) and not isinstance(value, bool):
+                yield module, name, value - old + new
+
+
+def _config_changes(model: nn.Module, stack: str, keep: Sequence[bool]) -> Iterator[tuple[Any, str, Any]]:
+    config = _owner_config(model, stack)
+    if config is None:
+        return
+    fields = {name: value for name, value in vars(config).items() if not name.startswith("_")}
+    counts = [name for name, value in fields.items() if COUNT.match(name) and value == len(keep)]
+    side = "decoder" if "decoder" in stack else "encoder" if "encoder" in stack else ""
+    own = [name for name in counts if side and side in name]
+    neutral = [name for name in counts if "encoder" not in name and "decoder" not in name]
+    for name in own or neutral:
+        yield config, name, sum(keep)
+    for name, value in fields.items():
+        if PER_LAYER.search(name) and isinstance(value, (list, tuple)) and len(value) == len(keep):
+            yield config, name, type(value)(item for item, stays in zip(value, keep, strict=True) if stays)
+
+
+def _owner_config(model: nn.Module, stack: str) -> Any:
+    """The config of the innermost module around the stack that has one."""
+    parts = stack.split(".")[:-1]
+    for end in range(len(parts), -1, -1):
+        config = getattr(model.get_submodule(".".join(parts[:end])), "config", None)
+        if hasattr(config, "to_dict"):
+            return config
+    return None
+
+
+def _set_all(changes: list[tuple[Any, str, Any]]) -> Undo:
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    for owner, name, value in changes:
+        setattr(owner, name, value)
+
+    def undo() -> None:
+        for owner, name, value in reversed(before):
+            setattr(owner, name, value)
+
+    return undo
+
+
+def kept_list(mask: torch.Tensor) -> list[bool]:
+    """A block mask as plain booleans."""
+    return [bool(stays) for stays in mask]

@@ -1,0 +1,78 @@
+"""Stacks: lists of blocks that pass one hidden state along, found without per-model code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from secateur.core.errors import ModelError
+from secateur.structure.layers import layout_of
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A module list whose blocks run one after the other.
+
+    Attributes:
+        name: qualified name of the list; empty for a model that is taken as one block.
+        blocks: its modules in order.
+    """
+
+    name: str
+    blocks: tuple[nn.Module, ...]
+
+    def block_name(self, index: int) -> str:
+        """Qualified name of one block."""
+        return f"{self.name}.{index}" if self.name else ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Qualified names of all blocks."""
+        return tuple(self.block_name(index) for index in range(len(self.blocks)))
+
+
+def find_stacks(model: nn.Module) -> list[Stack]:
+    """All candidate stacks, outermost first in module order.
+
+    A candidate is a ModuleList whose members all contain weight layers, or a Sequential of two or
+    more blocks of one class; lists inside a block (experts, say) do not count. Whether a hidden
+    state really flows through is seen only when the model runs (`stats.walker` checks it).
+    """
+    return list(_search(model, ""))
+
+
+def _search(module: nn.Module, name: str) -> Iterator[Stack]:
+    if name and _is_stack(module):
+        yield Stack(name, tuple(module.children()))
+        return
+    for child_name, child in module.named_children():
+        yield from _search(child, f"{name}.{child_name}" if name else child_name)
+
+
+def _is_stack(module: nn.Module) -> bool:
+    blocks = list(module.children())
+    if not blocks or not all(map(_is_block, blocks)):
+        return False
+    if isinstance(module, nn.ModuleList):
+        return True
+    return isinstance(module, nn.Sequential) and len(blocks) > 1 and len({type(block) for block in blocks}) == 1
+
+
+def _is_block(module: nn.Module) -> bool:
+    if layout_of(module) is not None or isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return False
+    return any(layout_of(part) is not None for part in module.modules())
+
+
+def main_stack(model: nn.Module) -> Stack:
+    """The stack with the most parameters: the one that depth pruning works on.
+
+    Raises:
+        ModelError: the model has no stack.
+    """
+    stacks = find_stacks(model)
+    if not stacks:
+        raise ModelError(f"{type(model).__name__} has no list of blocks that could be removed")
+    return max(stacks, key=lambda stack: sum(p.numel() for block in stack.blocks for p in block.parameters()))
