@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -24,6 +24,37 @@ class Settings(BaseModel):
     """Base of a method's settings: frozen, unknown names refused, every field described."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def configure(owner: str, kind: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """Checked settings from names and values; strings are converted.
+
+    Raises:
+        UnknownNameError: `owner` has no such setting; gives the nearest names.
+        SettingsError: a value of the wrong type or out of range.
+    """
+    for name in values:
+        if name not in kind.model_fields:
+            raise UnknownNameError(f"setting of {owner}", name, kind.model_fields)
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "settings"
+        raise SettingsError(f"setting '{place}' of {owner}: {first['msg']}, got {first['input']!r}") from None
+
+
+def describe(kind: type[Settings]) -> list[dict[str, Any]]:
+    """Name, type, default and meaning of every setting."""
+    return [
+        {
+            "name": name,
+            "type": getattr(info.annotation, "__name__", str(info.annotation)),
+            "default": info.default,
+            "help": info.description or "",
+        }
+        for name, info in kind.model_fields.items()
+    ]
 
 
 class Protocol(StrEnum):
@@ -181,27 +212,11 @@ class Method:
             UnknownNameError: no such setting; gives the nearest names.
             SettingsError: a value of the wrong type or out of range.
         """
-        for name in values:
-            if name not in self.settings.model_fields:
-                raise UnknownNameError(f"setting of {self.name}", name, self.settings.model_fields)
-        try:
-            return self.settings(**values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "settings"
-            raise SettingsError(f"setting '{place}' of {self.name}: {first['msg']}, got {first['input']!r}") from None
+        return configure(self.name, self.settings, values)
 
     def describe_settings(self) -> list[dict[str, Any]]:
         """Name, type, default and meaning of every setting."""
-        return [
-            {
-                "name": name,
-                "type": getattr(info.annotation, "__name__", str(info.annotation)),
-                "default": info.default,
-                "help": info.description or "",
-            }
-            for name, info in self.settings.model_fields.items()
-        ]
+        return describe(self.settings)
 
     def to_json(self) -> dict[str, Any]:
         """The catalogue entry as plain data."""

@@ -61,9 +61,11 @@ def _renumbered(block: nn.Module, old: int, new: int) -> Iterator[tuple[Any, str
 
 
 def _config_changes(model: nn.Module, stack: str, keep: Sequence[bool]) -> Iterator[tuple[Any, str, Any]]:
-    config = _owner_config(model, stack)
-    if config is None:
-        return
+    for config in _configs_around(model, stack):
+        yield from _changes_in(config, stack, keep)
+
+
+def _changes_in(config: Any, stack: str, keep: Sequence[bool]) -> Iterator[tuple[Any, str, Any]]:
     fields = {name: value for name, value in vars(config).items() if not name.startswith("_")}
     counts = [name for name, value in fields.items() if COUNT.match(name) and value == len(keep)]
     side = "decoder" if "decoder" in stack else "encoder" if "encoder" in stack else ""
@@ -76,14 +78,12 @@ def _config_changes(model: nn.Module, stack: str, keep: Sequence[bool]) -> Itera
             yield config, name, type(value)(item for item, stays in zip(value, keep, strict=True) if stays)
 
 
-def _owner_config(model: nn.Module, stack: str) -> Any:
-    """The config of the innermost module around the stack that has one."""
+def _configs_around(model: nn.Module, stack: str) -> list[Any]:
+    """The distinct configs of the modules around the stack; some models give their parts copies."""
     parts = stack.split(".")[:-1]
-    for end in range(len(parts), -1, -1):
-        config = getattr(model.get_submodule(".".join(parts[:end])), "config", None)
-        if hasattr(config, "to_dict"):
-            return config
-    return None
+    around = [model.get_submodule(".".join(parts[:end])) for end in range(len(parts) + 1)]
+    found = {id(module.config): module.config for module in around if hasattr(module, "config")}
+    return [config for config in found.values() if hasattr(config, "to_dict")]
 
 
 def _set_all(changes: list[tuple[Any, str, Any]]) -> Undo:

@@ -1,0 +1,54 @@
+"""What all recoveries share: a name, settings, and one call on a pruned model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from secateur.core.method import Settings, configure
+from secateur.core.plan import Plan
+from secateur.core.progress import Progress
+from secateur.data.dataset import Dataset
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a recovery works on.
+
+    Attributes:
+        model: already pruned; changed in place.
+        plan: what was removed and must stay removed.
+        data: training samples.
+        seed: of the data order.
+        progress: where to report.
+    """
+
+    model: nn.Module
+    plan: Plan
+    data: Dataset
+    seed: int
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A way to win back quality: name, what to expect of it, its settings and its function.
+
+    `run` returns figures worth reporting, such as the last training loss.
+    """
+
+    name: str
+    title: str
+    settings: type[Settings]
+    run: Callable[[Request, Any], dict[str, float]]
+
+    def configure(self, values: Mapping[str, Any]) -> Settings:
+        """Checked settings.
+
+        Raises:
+            UnknownNameError, SettingsError: a wrong name or value.
+        """
+        return configure(self.name, self.settings, values)

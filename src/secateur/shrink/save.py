@@ -1,0 +1,170 @@
+"""Saving: a folder that stock tools load, checked by loading it before it gets its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_model
+from torch import Tensor, nn
+
+from secateur.core.errors import ModelError, OutputError
+from secateur.core.files import check_free, whole_folder, write_json
+from secateur.core.method import Batch
+from secateur.core.plan import Plan, versions
+from secateur.core.units import UnitKind
+from secateur.data.batches import forward
+from secateur.shrink.folder import CARD, OWN, WEIGHTS, carry_companions, quiet_transformers
+from secateur.shrink.load import load
+
+TOLERANCE = 1e-5
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    plan: Plan | None = None,
+    *,
+    source: str | Path | None = None,
+    factory: str | None = None,
+    probe: Batch | None = None,
+    verify: bool = True,
+    force: bool = False,
+    extend: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write a pruned model so that it reloads, and prove it before the folder appears.
+
+    A transformers model becomes a plain Hugging Face folder; `config.json` gets a `secateur` section
+    that other tools ignore. Any other module is saved as `model.safetensors` and its factory. Both
+    get `secateur/plan.*` and `secateur/result.json`.
+
+    Args:
+        model: the model after `apply_`.
+        folder: where to; must not exist unless `force`.
+        plan: what was done; needed to reload a module that lost blocks.
+        source: folder to carry tokenizer, processor and generation files from; default: where the
+            transformers model was loaded from.
+        factory: `module.path:name` that builds the unpruned module.
+        probe: inputs for the comparison; for transformers models made up where possible.
+        verify: reload and compare logits (at most 1e-5 apart); without a probe, all tensors.
+        force: replace an existing folder.
+        extend: called with the temporary folder at the end, to add more files.
+
+    Raises:
+        OutputError: the folder exists, the disk is full, or the reloaded model differs.
+    """
+    folder = Path(folder)
+    check_free(folder, force)
+    with whole_folder(folder, force) as temporary:
+        own = temporary / OWN
+        own.mkdir()
+        if plan is not None:
+            plan.write_into(own)
+        if _is_transformers(model):
+            _save_transformers(model, temporary, plan, source)
+        else:
+            save_model(model, str(temporary / WEIGHTS))
+        write_json(own / CARD, _card(model, factory))
+        if verify:
+            verify_folder(model, temporary, factory, probe)
+        if extend is not None:
+            extend(temporary)
+    return folder
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    return hasattr(model, "save_pretrained") and hasattr(getattr(model, "config", None), "to_dict")
+
+
+def _card(model: nn.Module, factory: str | None) -> dict[str, Any]:
+    kind = "transformers" if _is_transformers(model) else "module"
+    return {"kind": kind, "class": type(model).__name__, "factory": factory, "versions": versions()}
+
+
+def _save_transformers(model: Any, folder: Path, plan: Plan | None, source: str | Path | None) -> None:
+    section = summary(plan) if plan is not None else None
+    if section is not None:
+        model.config.secateur = section
+    try:
+        with quiet_transformers():
+            model.save_pretrained(folder)
+    finally:
+        if section is not None:
+            del model.config.secateur
+    origin = Path(source or model.name_or_path or "")
+    if str(origin) != "." and origin.is_dir():
+        carry_companions(origin, folder)
+
+
+def summary(plan: Plan) -> dict[str, Any]:
+    """The `secateur` section of `config.json`: what was removed, in a form that tools may ignore."""
+    kept, total = plan.units()
+    patterns = {str(entry.budget["pattern"]) for entry in plan.provenance if entry.budget.get("pattern")}
+    structured = any(kind is not UnitKind.WEIGHT for kind in plan.kinds)
+    return {
+        "methods": [entry.method for entry in plan.provenance],
+        "units": [kind.value for kind in plan.kinds],
+        "kept": kept,
+        "total": total,
+        "pattern": ", ".join(sorted(patterns)) or ("structured" if structured else "unstructured"),
+    }
+
+
+def verify_folder(model: nn.Module, folder: Path, factory: str | None, probe: Batch | None) -> None:
+    """Load the folder and compare it with the model in memory.
+
+    Raises:
+        OutputError: it does not load, or gives other logits.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        again = load(folder, trust_factory=factory is not None)
+    except ModelError as error:
+        raise OutputError(f"the saved model does not reload: {error} (--no-verify saves it all the same)") from error
+    again.to(next(model.parameters()).device)
+    probe = probe or make_probe(model)
+    model.eval()
+    try:
+        worst = _tensor_gap(model, again) if probe is None else _logit_gap(model, again, probe)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if not worst <= TOLERANCE:
+        raise OutputError(f"the saved model gives other results after reloading (largest difference {worst:.3g})")
+
+
+@torch.no_grad()
+def _logit_gap(model: nn.Module, again: nn.Module, probe: Batch) -> float:
+    probe = probe.to(next(model.parameters()).device)
+    expected, found = forward(model, probe).float(), forward(again, probe).float()
+    if expected.shape != found.shape:
+        return float("inf")
+    return _gap(expected, found)
+
+
+def _gap(expected: Tensor, found: Tensor) -> float:
+    """Largest difference; NaN and infinity count as equal where both have the same."""
+    return float(torch.where(expected.eq(found) | (expected.isnan() & found.isnan()), 0, expected - found).abs().max())
+
+
+def _tensor_gap(model: nn.Module, again: nn.Module) -> float:
+    mine, theirs = model.state_dict(), again.state_dict()
+    if mine.keys() != theirs.keys() or any(mine[name].shape != theirs[name].shape for name in mine):
+        return float("inf")
+    return max((_gap(mine[name].float(), theirs[name].float()) for name in mine if mine[name].numel()), default=0.0)
+
+
+def make_probe(model: nn.Module) -> Batch | None:
+    """Made-up inputs for a transformers model: token ids, or an image; None if neither is clear."""
+    config: Any = getattr(model, "config", None)
+    main_input = getattr(model, "main_input_name", "")
+    rng = torch.Generator().manual_seed(0)
+    if main_input == "input_ids" and getattr(config, "vocab_size", None) and not config.is_encoder_decoder:
+        length = min(16, getattr(config, "max_position_embeddings", 16) or 16)
+        return Batch((torch.randint(config.vocab_size, (2, length), generator=rng),))
+    size = getattr(config, "image_size", None)
+    if main_input == "pixel_values" and isinstance(size, int):
+        return Batch((torch.randn(2, getattr(config, "num_channels", 3), size, size, generator=rng),))
+    return None
