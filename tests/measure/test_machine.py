@@ -78,6 +78,14 @@ def test_verdicts(speedup, verdict):
     )
 
 
+def test_the_pattern_is_compared_with_its_own_dtype_on_cuda():
+    rows = [Row(Layout.BFLOAT16, 16, 3.0, 3.0, 3.0, 2.0), Row(Layout.TWO_OF_FOUR, 16, 2.0, 2.0, 2.0, 3.0)]
+    (on_cuda,) = machine._about_pattern(rows, torch.device("cuda"))
+    assert "1.5x at batch 16 over dense bfloat16" in on_cuda
+    (on_cpu,) = machine._about_pattern(rows, CPU)
+    assert "stored as CSR" in on_cpu
+
+
 def test_unsteady_timings_are_said():
     steady, shaky = Row(Layout.DENSE, 1, 2.0, 2.0, 2.1, 1.0), Row(Layout.ROWS, 1, 2.0, 1.0, 5.0, 1.0)
     assert not list(machine._caveats([steady], {}))

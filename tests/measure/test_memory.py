@@ -31,6 +31,18 @@ def test_earlier_peaks_do_not_count():
 
 
 @needs_reset
+def test_memory_that_the_warm_up_freed_counts_again():
+    pins = []
+
+    def work():
+        blocks = [b"x" * count for count in range(1000, 11000)]  # about 60 MB in many small pieces
+        pins.append(b"x" * 100_000)  # lies above them and keeps the heap from shrinking by itself
+        del blocks
+
+    assert peak_memory(work).rise > 40 * MB
+
+
+@needs_reset
 def test_forward_pass_holds_its_activations():
     model = nn.Sequential(nn.Linear(8, 4096, bias=False), nn.Linear(4096, 8, bias=False)).train()
     found = forward_memory(model, Batch((torch.ones(2048, 8),)))
