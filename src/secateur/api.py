@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-import torch
 from torch import nn
 
 from secateur.core import catalogue
@@ -21,6 +19,7 @@ from secateur.core.progress import Progress, Silent
 from secateur.core.seeding import seeded
 from secateur.data.batches import as_batches
 from secateur.data.dataset import Dataset
+from secateur.data.running import evaluating
 from secateur.shrink.apply import stamp
 
 
@@ -28,6 +27,15 @@ from secateur.shrink.apply import stamp
 def methods() -> dict[str, Method]:
     """The catalogue: name -> method, third parties' included."""
     return catalogue.collect("secateur.methods")
+
+
+def find_method(name: str) -> Method:
+    """A method of the catalogue; hyphen or underscore.
+
+    Raises:
+        UnknownNameError: gives the nearest names.
+    """
+    return catalogue.find(methods(), name)
 
 
 def plan(
@@ -72,7 +80,7 @@ def plan(
         BudgetError: the budget is malformed, out of reach, or would empty a layer.
         DataError, NumericsError, ModelError: what is wrong, and with which layer.
     """
-    entry = catalogue.find(methods(), method)
+    entry = find_method(method)
     if entry.kind is not Protocol.PLAN:
         raise ModelError(f"{entry.name} is no one-shot method (it is a {entry.kind}); it cannot make a plan by itself")
     checked = entry.configure(settings)
@@ -126,18 +134,6 @@ def _calibration(entry: Method, data: Any) -> list[Batch]:
     return as_batches(data) if entry.needs_data else []
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; every module's own mode is put back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def _provenance(entry: Method, settings: Settings, task: Task, data: Any, source: str) -> Provenance:
     described: dict[str, Any] = {}
     if task.batches:
@@ -174,9 +170,3 @@ def _refuse_empty(made: Plan, budget: Budget, decision: Decision) -> None:
             f"{budget} removes nothing in any of {len(made.sites)} sites; "
             f"the smallest step of the narrowest is {1 / smallest:.4g}"
         )
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter; CPU for a model without any."""
-    first = next(model.parameters(), None)
-    return first.device if first is not None else torch.device("cpu")

@@ -11,7 +11,7 @@ from secateur.core.errors import DataError, ModelError
 from secateur.core.method import Batch
 from secateur.data.dataset import DataKind, Dataset
 from secateur.measure import compare, measure, measure_together
-from secateur.measure.running import resized
+from secateur.data.running import resized
 
 
 @pytest.fixture

@@ -55,13 +55,12 @@ def _as_batch(item: Any) -> Batch:
 
 def run(model: nn.Module, batch: Batch) -> Any:
     """The model's raw output; a transformers model is asked not to build a key/value cache."""
-    extra = {"use_cache": False} if "use_cache" in _config_fields(model) and "use_cache" not in batch.kwargs else {}
-    return model(*batch.args, **batch.kwargs, **extra)
+    return model(*batch.args, **(cacheless(model) | batch.kwargs))
 
 
-def _config_fields(model: nn.Module) -> Mapping[str, Any]:
-    config: Any = getattr(model, "config", None)
-    return config.to_dict() if hasattr(config, "to_dict") else {}
+def cacheless(model: nn.Module) -> dict[str, Any]:
+    """The keyword that keeps a transformers model from building a key/value cache, where it has one."""
+    return {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", None) is not None else {}
 
 
 def logits_of(output: Any) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from secateur.core.method import Batch
-from secateur.measure.running import evaluating, logits
+from secateur.data.running import evaluating, logits
 
 CONVENTION = "one multiply-add = 2 FLOPs; matrix products, convolutions, attention and LSTM layers"
 

@@ -15,7 +15,7 @@ from torch import nn
 from secateur.core.errors import SettingsError
 from secateur.core.method import Batch
 from secateur.core.progress import Progress, Silent
-from secateur.measure.running import bound, device_of, dtype_of, evaluating
+from secateur.data.running import bound, device_of, dtype_of, evaluating
 
 Candidate = Callable[[], Any] | tuple[nn.Module, Batch]
 

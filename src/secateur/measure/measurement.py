@@ -12,11 +12,11 @@ from secateur.core.errors import DataError
 from secateur.core.method import Batch
 from secateur.core.progress import Progress
 from secateur.data.dataset import Dataset
+from secateur.data.running import device_of, resized
 from secateur.measure.flops import CONVENTION, Flops, count
 from secateur.measure.latency import Latency, latency
 from secateur.measure.memory import Memory, forward_memory
 from secateur.measure.quality import Quality, quality
-from secateur.measure.running import device_of, resized
 from secateur.measure.size import nonzeros, parameters, weight_bytes
 from secateur.measure.statistics import Interval, Paired, paired_quality, quality_interval
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from secateur.core.method import Batch
-from secateur.measure.running import bound, device_of, evaluating
+from secateur.data.running import bound, device_of, evaluating
 
 PROC = Path("/proc/self")
 

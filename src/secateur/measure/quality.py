@@ -16,7 +16,7 @@ from secateur.core.method import Batch
 from secateur.core.progress import Progress, Silent, track
 from secateur.data.batches import token_losses
 from secateur.data.dataset import DataKind, Dataset
-from secateur.measure.running import evaluating, logits
+from secateur.data.running import evaluating, logits
 
 
 class Metric(StrEnum):

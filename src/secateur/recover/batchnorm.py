@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from pydantic import Field
 from torch import nn
 
@@ -10,6 +9,7 @@ from secateur.core.errors import ModelError
 from secateur.core.method import Settings
 from secateur.core.progress import track
 from secateur.data.batches import forward
+from secateur.data.running import device_of, evaluating
 from secateur.recover.recovery import Recovery, Request
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -22,7 +22,6 @@ class BatchNormSettings(Settings):
     batch: int = Field(64, ge=2, description="samples per batch")
 
 
-@torch.no_grad()
 def reestimate(request: Request, settings: BatchNormSettings) -> dict[str, float]:
     """Replace running means and variances by plain averages over the data.
 
@@ -33,23 +32,17 @@ def reestimate(request: Request, settings: BatchNormSettings) -> dict[str, float
     if not norms:
         raise ModelError(f"{type(request.model).__name__} has no batch norm to re-estimate; use --recover finetune")
     momenta = [norm.momentum for norm in norms]
-    modes = [(module, module.training) for module in request.model.modules()]
-    device = next(request.model.parameters()).device
     data = request.data.sample(settings.batches * settings.batch, request.seed)
-    try:
-        request.model.eval()
+    with evaluating(request.model):
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # cumulative average
             norm.train()
         batches = [batch for batch in data.batches(settings.batch) if batch.samples > 1]
         for batch in track(batches, request.progress, "batch-norm statistics"):
-            forward(request.model, batch.to(device))
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, mode in modes:
-            module.training = mode
+            forward(request.model, batch.to(device_of(request.model)))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
     return {"norms": float(len(norms)), "samples": float(len(data))}
 
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from secateur.core.errors import NumericsError
 from secateur.core.method import Batch, Settings
 from secateur.core.progress import track
-from secateur.core.seeding import generator, seeded
+from secateur.core.seeding import generator
 from secateur.data.batches import task_loss
 from secateur.data.dataset import Dataset
+from secateur.data.running import device_of, training
 from secateur.recover.recovery import Recovery, Request
 from secateur.train.keep import MaskKeeper
 
@@ -46,30 +47,21 @@ def finetune(request: Request, settings: FinetuneSettings) -> dict[str, float]:
         NumericsError: the loss became NaN or infinite; gives the step.
     """
     model = request.model
-    device = next(model.parameters()).device
     optimizer = _optimizer(model, settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step / settings.steps, settings.warmup))
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
     losses: list[float] = []
-    try:
-        with seeded(request.seed), torch.enable_grad(), MaskKeeper(model, request.plan, optimizer):
-            stream = _stream(request.data, settings.batch, generator(request.seed, "finetune"))
-            for step in track(range(settings.steps), request.progress, "fine-tuning"):
-                loss = task_loss(model, next(stream).to(device))
-                if not torch.isfinite(loss):
-                    raise NumericsError(f"the loss is {loss.item()} at fine-tuning step {step}; lower lr")
-                optimizer.zero_grad()
-                torch.autograd.backward(loss)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-                optimizer.step()
-                schedule.step()
-                losses.append(loss.item())
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter in model.parameters():
-            parameter.grad = None
+    with training(model, request.seed), MaskKeeper(model, request.plan, optimizer):
+        stream = _stream(request.data, settings.batch, generator(request.seed, "finetune"))
+        for step in track(range(settings.steps), request.progress, "fine-tuning"):
+            loss = task_loss(model, next(stream).to(device_of(model)))
+            if not torch.isfinite(loss):
+                raise NumericsError(f"the loss is {loss.item()} at fine-tuning step {step}; lower lr")
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
     tail = losses[-max(1, len(losses) // 10) :]
     return {"steps": float(settings.steps), "first_loss": losses[0], "last_loss": sum(tail) / len(tail)}
 

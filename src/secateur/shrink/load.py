@@ -1,4 +1,4 @@
-"""Loading: a transformers folder with transformers, any other module from its factory and the plan."""
+"""Loading: a transformers folder with transformers, any other module from its factory and its card."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from secateur.core.errors import ModelError, UnknownNameError
-from secateur.core.plan import DOCUMENT, Plan
-from secateur.core.units import UnitKind
-from secateur.shrink.depth import kept_list, remove_blocks_
+from secateur.shrink.depth import remove_blocks_
 from secateur.shrink.folder import CARD, CONFIG, OWN, WEIGHTS, check_weights, quiet_transformers, read_config
 
 TRUSTED = "secateur."
@@ -24,8 +22,8 @@ def load(folder: str | Path, factory: Callable[[], nn.Module] | None = None, tru
     """A saved model in eval mode.
 
     A folder with `config.json` is loaded by the transformers class that the config names, as plain
-    `from_pretrained` would. Any other is built by its factory, loses the blocks that the plan
-    removed, and gets the saved weights.
+    `from_pretrained` would. Any other is built by its factory, loses the blocks that its card
+    lists, and gets the saved weights.
 
     Args:
         folder: what `save` wrote, or any local Hugging Face folder with safetensors.
@@ -44,12 +42,18 @@ def load(folder: str | Path, factory: Callable[[], nn.Module] | None = None, tru
     module = (factory or _recorded_factory(folder, card, trust_factory))()
     if not isinstance(module, nn.Module):
         raise ModelError(f"the factory of '{folder}' returned {type(module).__name__}, not a torch module")
-    if (folder / OWN / DOCUMENT).exists():
-        plan = Plan.load(folder / OWN)
-        for name, site in plan.sites.items():
-            if site.kind is UnitKind.BLOCK:
-                remove_blocks_(module, name, kept_list(plan.masks[name]))
+    for step in removed_blocks(folder):
+        for stack, keep in step.items():
+            remove_blocks_(module, stack, keep)
     return load_weights(module, folder / WEIGHTS).eval()
+
+
+def removed_blocks(folder: Path) -> list[dict[str, list[bool]]]:
+    """The block removals that led to a saved model, oldest first: stack -> which of its blocks stayed."""
+    if not (folder / OWN / CARD).exists():
+        return []
+    found: list[dict[str, list[bool]]] = read_config(folder / OWN, CARD).get("removed_blocks", [])
+    return found
 
 
 def load_weights(module: nn.Module, file: Path) -> nn.Module:

@@ -15,9 +15,10 @@ from secateur.core.files import check_free, whole_folder, write_json
 from secateur.core.method import Batch
 from secateur.core.plan import Plan, versions
 from secateur.core.units import UnitKind
-from secateur.data.batches import forward
+from secateur.data.running import device_of, evaluating, logits
+from secateur.shrink.depth import kept_list
 from secateur.shrink.folder import CARD, OWN, WEIGHTS, carry_companions, quiet_transformers
-from secateur.shrink.load import load
+from secateur.shrink.load import load, removed_blocks
 
 TOLERANCE = 1e-5
 
@@ -29,6 +30,7 @@ def save(
     *,
     source: str | Path | None = None,
     factory: str | None = None,
+    data: str | None = None,
     probe: Batch | None = None,
     verify: bool = True,
     force: bool = False,
@@ -43,10 +45,11 @@ def save(
     Args:
         model: the model after `apply_`.
         folder: where to; must not exist unless `force`.
-        plan: what was done; needed to reload a module that lost blocks.
+        plan: what was done.
         source: folder to carry tokenizer, processor and generation files from; default: where the
             transformers model was loaded from.
         factory: `module.path:name` that builds the unpruned module.
+        data: the data set to measure the model on later, noted in the card.
         probe: inputs for the comparison; for transformers models made up where possible.
         verify: reload and compare logits (at most 1e-5 apart); without a probe, all tensors.
         force: replace an existing folder.
@@ -66,7 +69,7 @@ def save(
             _save_transformers(model, temporary, plan, source)
         else:
             save_model(model, str(temporary / WEIGHTS))
-        write_json(own / CARD, _card(model, factory))
+        write_json(own / CARD, _card(model, plan, source, factory) | {"data": data})
         if verify:
             verify_folder(model, temporary, factory, probe)
         if extend is not None:
@@ -78,9 +81,19 @@ def _is_transformers(model: nn.Module) -> bool:
     return hasattr(model, "save_pretrained") and hasattr(getattr(model, "config", None), "to_dict")
 
 
-def _card(model: nn.Module, factory: str | None) -> dict[str, Any]:
+def _card(model: nn.Module, plan: Plan | None, source: str | Path | None, factory: str | None) -> dict[str, Any]:
     kind = "transformers" if _is_transformers(model) else "module"
-    return {"kind": kind, "class": type(model).__name__, "factory": factory, "versions": versions()}
+    removed = removed_blocks(Path(source)) if source else []
+    if plan is not None:
+        now = {name: kept_list(plan.masks[name]) for name, site in plan.sites.items() if site.kind is UnitKind.BLOCK}
+        removed = [*removed, now] if now else removed
+    return {
+        "kind": kind,
+        "class": type(model).__name__,
+        "factory": factory,
+        "removed_blocks": removed,
+        "versions": versions(),
+    }
 
 
 def _save_transformers(model: Any, folder: Path, plan: Plan | None, source: str | Path | None) -> None:
@@ -118,27 +131,20 @@ def verify_folder(model: nn.Module, folder: Path, factory: str | None, probe: Ba
     Raises:
         OutputError: it does not load, or gives other logits.
     """
-    modes = [(module, module.training) for module in model.modules()]
     try:
         again = load(folder, trust_factory=factory is not None)
     except ModelError as error:
         raise OutputError(f"the saved model does not reload: {error} (--no-verify saves it all the same)") from error
-    again.to(next(model.parameters()).device)
+    again.to(device_of(model))
     probe = probe or make_probe(model)
-    model.eval()
-    try:
+    with evaluating(model):
         worst = _tensor_gap(model, again) if probe is None else _logit_gap(model, again, probe)
-    finally:
-        for module, mode in modes:
-            module.training = mode
     if not worst <= TOLERANCE:
         raise OutputError(f"the saved model gives other results after reloading (largest difference {worst:.3g})")
 
 
-@torch.no_grad()
 def _logit_gap(model: nn.Module, again: nn.Module, probe: Batch) -> float:
-    probe = probe.to(next(model.parameters()).device)
-    expected, found = forward(model, probe).float(), forward(again, probe).float()
+    expected, found = logits(model, probe).float(), logits(again, probe).float()
     if expected.shape != found.shape:
         return float("inf")
     return _gap(expected, found)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from secateur.core.errors import DataError, ModelError
 from secateur.core.method import Batch, Task
 from secateur.data.batches import run
+from secateur.data.running import device_of
 from secateur.stats.catching import Call, WalkableStack, hidden_of, record_calls, walkable_stacks
 from secateur.stats.listeners import Statistic
 from secateur.structure.layers import WeightLayer
@@ -222,8 +223,7 @@ class BlockWalk:
     def __init__(self, task: Task, *, one_batch: bool = False):
         if not task.batches:
             raise DataError("this method needs calibration data; give data=... (--data)")
-        device = next(task.model.parameters()).device
-        batches = [batch.to(device) for batch in task.batches]
+        batches = [batch.to(device_of(task.model)) for batch in task.batches]
         self.task = task
         self.model = task.model
         self.batches: Sequence[Batch] = [join(batches)] if one_batch else batches

@@ -1,4 +1,4 @@
-"""How a model is run while it is measured: in eval mode, on its own device, left as it was found."""
+"""Running a model without changing it: in eval mode, on its own device, left as it was found."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from secateur.core.errors import ModelError
 from secateur.core.method import Batch
-from secateur.data.batches import forward
+from secateur.core.seeding import seeded
+from secateur.data.batches import cacheless, forward
 
 
 @contextlib.contextmanager
@@ -26,6 +27,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def training(model: nn.Module, seed: int) -> Iterator[None]:
+    """Train mode with gradients and seeded randomness inside the block; modes are put back, gradients dropped."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    try:
+        with torch.enable_grad(), seeded(seed):
+            yield
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
+        model.zero_grad(set_to_none=True)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -65,9 +80,7 @@ def bound(model: nn.Module, batch: Batch) -> Callable[[], Any]:
     configuration is looked at here, once, because reading it can take longer than a tiny model's pass.
     """
     moved = batch.to(device_of(model))
-    kwargs = dict(moved.kwargs)
-    if getattr(getattr(model, "config", None), "use_cache", None) is not None:
-        kwargs.setdefault("use_cache", False)
+    kwargs = cacheless(model) | moved.kwargs
     return lambda: model(*moved.args, **kwargs)
 
 

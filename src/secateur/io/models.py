@@ -1,0 +1,141 @@
+"""MODEL: a zoo name, a local folder, `module.path:factory`, or a hub id."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur import zoo
+from secateur.core.errors import MissingExtraError, ModelError, SettingsError, UnknownNameError
+from secateur.shrink.folder import CARD, CONFIG, OWN, read_config
+from secateur.shrink.load import load, load_weights, resolve_factory
+
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "tokenizer*"]
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model and what is known about where it came from.
+
+    Attributes:
+        model: in eval mode.
+        name: what the user typed.
+        folder: where tokenizer and processors are, if anywhere.
+        factory: `module.path:name` that builds the module, for modules that are no transformers model.
+        data: the data set that belongs to it, e.g. `zoo:digits`.
+    """
+
+    model: nn.Module
+    name: str
+    folder: Path | None = None
+    factory: str | None = None
+    data: str | None = None
+
+
+def open_model(
+    name: str,
+    weights: str | Path | None = None,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    trust_factory: bool = False,
+) -> OpenedModel:
+    """The model that a MODEL argument names.
+
+    Args:
+        name: `zoo:digits-resnet`, a folder, `module.path:factory`, or `owner/name` on the hub.
+        weights: a safetensors file for a factory.
+        device: where to put it.
+        dtype: convert to this; default: as stored.
+        trust_factory: allow a folder to name the factory that is imported.
+
+    Raises:
+        UnknownNameError: gives the nearest names.
+        ModelError: it cannot be loaded.
+    """
+    opened = _open(name, weights, trust_factory)
+    if weights is not None and (opened.factory is None or opened.data is not None):
+        raise ModelError("--weights goes with module.path:factory; zoo models and folders bring their own")
+    if dtype is not None and dtype not in DTYPES:
+        raise UnknownNameError("dtype", dtype, DTYPES)
+    try:
+        opened.model.to(device=torch.device(device), dtype=DTYPES[dtype] if dtype else None)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from error
+    return opened
+
+
+def _open(name: str, weights: str | Path | None, trust_factory: bool) -> OpenedModel:
+    if name.startswith("zoo:"):
+        entry = zoo.get(name)
+        factory = None if entry.pretrained else entry.factory
+        return OpenedModel(zoo.load_model(name), name, zoo.folder(name), factory, f"zoo:{entry.data}")
+    folder = Path(name)
+    if folder.exists():
+        return _open_folder(folder, name, trust_factory)
+    if ":" in name:
+        model = resolve_factory(name)()
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"the factory '{name}' returned {type(model).__name__}, not a torch module")
+        if weights is not None:
+            load_weights(model, Path(weights))
+        return OpenedModel(model.eval(), name, factory=name)
+    if HUB_ID.match(name):
+        folder = _download(name)
+        return OpenedModel(load(folder), name, folder)
+    raise UnknownNameError("model", name, [f"zoo:{known}" for known in zoo.names()])
+
+
+def _open_folder(folder: Path, name: str, trust_factory: bool) -> OpenedModel:
+    if folder.is_file():
+        raise ModelError(f"'{name}' is a file; give its folder, or module.path:factory with --weights {name}")
+    model = load(folder, trust_factory=trust_factory)
+    factory = None if (folder / CONFIG).exists() else read_config(folder / OWN, CARD).get("factory")
+    return OpenedModel(model, name, folder, factory, recorded_data(folder))
+
+
+def recorded_data(folder: Path) -> str | None:
+    """The data set that a result folder was measured on, so that it need not be named again."""
+    card = folder / OWN / CARD
+    found: Any = read_config(folder / OWN, CARD).get("data") if card.exists() else None
+    return found if isinstance(found, str) else None
+
+
+def _download(name: str) -> Path:
+    """A hub repository's config, tokenizer and safetensors files, in the hub's own cache."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise MissingExtraError("huggingface_hub", "data", "loading a model from the hub") from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:
+        # the hub's client raises many kinds (offline, not found, gated); all mean the same to the user
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"'{name}' is no local folder and cannot be fetched from the hub ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def open_tokenizer(opened: OpenedModel) -> Any:
+    """The tokenizer beside the model; None if there is none.
+
+    Raises:
+        ModelError: there are tokenizer files, but they cannot be loaded.
+    """
+    folder = opened.folder
+    if folder is None or not any(folder.glob("tokenizer*")):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"the tokenizer in '{folder}' cannot be loaded: {str(error).splitlines()[0]}") from error
