@@ -1,1 +1,73 @@
-"""secateur: remove whatever a deep-learning system can do without, and show what it cost."""
+"""secateur: remove whatever a deep-learning system can do without, and show what it cost and brought.
+
+    import secateur as sc
+
+    opened = sc.open_model("zoo:pydoc-llama")
+    data = sc.open_data("zoo:pydoc", opened)
+    plan = sc.plan(opened.model, method="wanda", sparsity=0.5, data=data.calibration)
+    with sc.masked(opened.model, plan):
+        print(sc.measure(opened.model, data.evaluation))
+    sc.apply_(opened.model, plan)
+    sc.save(opened.model, "pruned", plan, source=opened.folder)
+
+Names load on first use, so that the command line starts without importing torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from secateur.api import methods as methods
+    from secateur.api import plan as plan
+    from secateur.core.budget import Budget as Budget
+    from secateur.core.errors import SecateurError as SecateurError
+    from secateur.core.plan import Plan as Plan
+    from secateur.data.dataset import Dataset as Dataset
+    from secateur.io.data import open_data as open_data
+    from secateur.io.models import open_model as open_model
+    from secateur.lab.prune import Job as Job
+    from secateur.lab.prune import prune as prune
+    from secateur.measure import compare as compare
+    from secateur.measure import measure as measure
+    from secateur.measure import measure_together as measure_together
+    from secateur.shrink.apply import apply_ as apply_
+    from secateur.shrink.apply import masked as masked
+    from secateur.shrink.load import load as load
+    from secateur.shrink.save import save as save
+    from secateur.train.keep import MaskKeeper as MaskKeeper
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Budget": "core.budget",
+    "Dataset": "data.dataset",
+    "Job": "lab.prune",
+    "MaskKeeper": "train.keep",
+    "Plan": "core.plan",
+    "SecateurError": "core.errors",
+    "apply_": "shrink.apply",
+    "compare": "measure",
+    "load": "shrink.load",
+    "masked": "shrink.apply",
+    "measure_together": "measure",
+    "methods": "api",
+    "open_data": "io.data",
+    "open_model": "io.models",
+    "plan": "api",
+    "prune": "lab.prune",
+    "save": "shrink.save",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "measure":  # the room itself, which can be called
+        return import_module("secateur.measure")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'secateur' has no attribute '{name}'")
+    return getattr(import_module(f"secateur.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*_HOMES, "measure", "__version__"])

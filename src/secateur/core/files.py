@@ -66,7 +66,7 @@ def whole_folder(target: Path, force: bool = False) -> Iterator[Path]:
         raise OutputError(f"cannot write beside '{target}': {error.strerror}") from error
     try:
         yield temporary
-        temporary.chmod(0o755)
+        _make_readable(temporary)
         _swap(temporary, target)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -79,6 +79,13 @@ def whole_folder(target: Path, force: bool = False) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _make_readable(folder: Path) -> None:
+    """Temporary folders and safetensors files are private to their user; results are not."""
+    folder.chmod(0o755)
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def _swap(new: Path, target: Path) -> None:

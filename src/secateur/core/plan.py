@@ -195,7 +195,7 @@ class Plan:
     # --- identity -----------------------------------------------------------------------------
 
     def check_model(self, parameters: Mapping[str, Tensor], other_weights: bool = False) -> None:
-        """Refuse a model that the plan was not made for.
+        """Refuse a model that the plan was not made for. A hand-made plan only has to fit in names and shapes.
 
         Args:
             parameters: the model's named parameters.
@@ -204,6 +204,12 @@ class Plan:
         Raises:
             PlanError: names the first parameter that differs and how.
         """
+        for name, site in self.sites.items():
+            if site.kind is UnitKind.WEIGHT and (name not in parameters or tuple(parameters[name].shape) != site.shape):
+                found = list(parameters[name].shape) if name in parameters else "missing"
+                raise PlanError(f"the plan masks '{name}' {list(site.shape)}, which is {found} in this model")
+        if not self.planned_on:
+            return
         for name, what in mismatches(parameters, self.planned_on, self.applied):
             values_only = what == "has other values"
             if values_only and other_weights and not self.weights:

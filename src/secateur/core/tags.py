@@ -269,8 +269,7 @@ class Tags:
     def to_json(self) -> dict[str, Any]:
         """Plain data: sets as sorted lists."""
         return {
-            name: sorted(getattr(self, name)) if is_set else getattr(self, name)
-            for name, (_, is_set) in axes().items()
+            name: sorted(getattr(self, name)) if is_set else getattr(self, name) for name, (_, is_set) in axes().items()
         }
 
     @classmethod

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from secateur import api, recover
 from secateur.core.budget import Budget, Pattern
 from secateur.core.errors import BudgetError, DataError
@@ -21,8 +19,8 @@ from secateur.core.progress import Progress, Silent
 from secateur.data.dataset import Dataset, Splits
 from secateur.io.data import open_data
 from secateur.io.models import OpenedModel, open_model
-from secateur.lab.record import Outcome, make_record
-from secateur.measure import MachineFacts, Measurement, measure_together, probe_machine, quality, quality_interval
+from secateur.lab.record import Outcome, make_record, with_file_sizes
+from secateur.measure import measure_together, probe_machine, quality
 from secateur.recover import Recovery, Request
 from secateur.report import Record, write
 from secateur.shrink.apply import apply_
@@ -110,9 +108,7 @@ def prepare(job: Job) -> Prepared:
     recovery = recover.find(job.recover) if job.recover else None
     if recovery:
         recovery.configure(job.recover_settings)
-    opened = open_model(
-        job.model, job.weights, device=job.device, dtype=job.dtype, trust_factory=job.trust_factory
-    )
+    opened = open_model(job.model, job.weights, device=job.device, dtype=job.dtype, trust_factory=job.trust_factory)
     data = job.data or opened.data
     if data is None and (method.needs_data or recovery):
         needs = method.name if method.needs_data else job.recover
@@ -145,11 +141,12 @@ def make_plan(prepared: Prepared, progress: Progress | None = None) -> Plan:
     )
 
 
-def prune(job: Job, out: str | Path, progress: Progress | None = None) -> Record:
+def prune(job: Job, out: str | Path, progress: Progress | None = None) -> Record | None:
     """Prune, recover, measure, save and report; the folder appears whole at the end.
 
     Returns:
-        The record that `out/secateur/report.json` and `out/report.html` were made from.
+        The record that `out/secateur/report.json` and `out/report.html` were made from; None without
+        data, when nothing can be run and so nothing measured.
 
     Raises:
         SecateurError: anything wrong with names, numbers, model, data or output.
@@ -159,53 +156,58 @@ def prune(job: Job, out: str | Path, progress: Progress | None = None) -> Record
     check_free(out, job.force)
     sweep(out.absolute().parent)
     prepared = prepare(job)
-    dense = copy.deepcopy(prepared.opened.model)
-    plan = make_plan(prepared, progress)
-    model = apply_(prepared.opened.model, plan)
-    evaluation = prepared.splits.evaluation if prepared.splits else None
-    pruned = quality(model, evaluation, progress=progress) if evaluation is not None and prepared.recovery else None
-    figures = _recover(prepared, plan, model, progress) if prepared.recovery else {}
-    before, after = _measure(dense, model, evaluation, job.seed, progress)
-    facts = probe_machine(device=job.device, progress=progress)
-    outcome = Outcome(
-        job=job,
-        prepared=prepared,
-        plan=plan,
-        before=before,
-        after=after,
-        pruned=pruned,
-        pruned_interval=quality_interval(pruned) if pruned else None,
-        recovery_figures=figures,
-        machine=facts,
-        command=job.command(str(out)),
-    )
-    written: list[Record] = []
+    outcome = _carry_out(prepared, job.command(str(out)), progress)
+    record = None if prepared.splits is None else make_record(outcome)
 
     def extend(folder: Path) -> None:
-        record = make_record(outcome, prepared.opened.folder, folder)
-        write_json(folder / OWN / RECORD, record.model_dump(mode="json"))
-        write([record], folder / PAGE)
-        written.append(record)
+        nonlocal record
+        if record is not None:
+            record = with_file_sizes(record, prepared.opened.folder, folder)
+            write_json(folder / OWN / RECORD, record.model_dump(mode="json"))
+            write([record], folder / PAGE)
 
     save(
-        model,
+        prepared.opened.model,
         out,
-        plan,
+        outcome.plan,
         source=prepared.opened.folder,
         factory=prepared.opened.factory,
         data=prepared.data,
-        probe=next(evaluation.batches(2)) if evaluation is not None else None,
+        probe=next(prepared.splits.evaluation.batches(2)) if prepared.splits else None,
         verify=job.verify,
         force=job.force,
         extend=extend,
     )
-    return written[0]
+    return record
 
 
-def _recover(prepared: Prepared, plan: Plan, model: nn.Module, progress: Progress) -> dict[str, float]:
+def _carry_out(prepared: Prepared, command: str, progress: Progress) -> Outcome:
+    """Plan, apply, recover and measure; the opened model is the pruned one afterwards."""
+    job, model = prepared.job, prepared.opened.model
+    dense = copy.deepcopy(model)
+    plan = make_plan(prepared, progress)
+    apply_(model, plan)
+    evaluation = prepared.splits.evaluation if prepared.splits else None
+    pruned, figures = None, {}
+    if prepared.recovery is not None and evaluation is not None:
+        pruned = quality(model, evaluation, progress=progress)
+        figures = _recover(prepared, plan, progress)
+    found = measure_together({"before": dense, "after": model}, evaluation, seed=job.seed, progress=progress)
+    return Outcome(
+        prepared=prepared,
+        plan=plan,
+        before=found["before"],
+        after=found["after"],
+        pruned=pruned,
+        recovery_figures=figures,
+        machine=probe_machine(device=job.device, progress=progress),
+        command=command,
+    )
+
+
+def _recover(prepared: Prepared, plan: Plan, progress: Progress) -> dict[str, float]:
     assert prepared.recovery is not None
-    assert prepared.splits is not None
-    request = Request(model, plan, _training_data(prepared), prepared.job.seed, progress)
+    request = Request(prepared.opened.model, plan, _training_data(prepared), prepared.job.seed, progress)
     return prepared.recovery.run(request, prepared.recovery.configure(prepared.job.recover_settings))
 
 
@@ -216,13 +218,3 @@ def _training_data(prepared: Prepared) -> Dataset:
     is_text = prepared.splits.calibration.targets is None
     count = RECOVERY_WINDOWS if is_text else None
     return open_data(prepared.data, prepared.opened, prepared.job.seed, count).calibration
-
-
-def _measure(
-    dense: nn.Module, model: nn.Module, evaluation: Dataset | None, seed: int, progress: Progress
-) -> tuple[Measurement, Measurement]:
-    found = measure_together({"before": dense, "after": model}, evaluation, seed=seed, progress=progress)
-    return found["before"], found["after"]
-
-
-__all__ = ["Job", "MachineFacts", "Prepared", "make_plan", "prepare", "prune"]

@@ -13,12 +13,12 @@ from secateur.core.errors import DataError
 from secateur.core.plan import Plan
 from secateur.core.tags import Speedup
 from secateur.core.units import UnitKind
-from secateur.measure import Interval, Latency, MachineFacts, Measurement, Metric, Quality
+from secateur.measure import Interval, Latency, MachineFacts, Measurement, Metric, Quality, quality_interval
 from secateur.report import record as parts
 from secateur.report.record import Record
 
 if TYPE_CHECKING:
-    from secateur.lab.prune import Job, Prepared
+    from secateur.lab.prune import Prepared
 
 ZEROS = (
     "Zeros alone make the model neither smaller nor faster: shapes, FLOPs and files stay dense. Only a sparse format "
@@ -31,20 +31,18 @@ CHANGED = "This method also changed the kept weights: the result is not a mask o
 class Outcome:
     """Everything a finished job knows."""
 
-    job: Job
     prepared: Prepared
     plan: Plan
     before: Measurement
     after: Measurement
     pruned: Quality | None
-    pruned_interval: Interval | None
     recovery_figures: dict[str, float]
     machine: MachineFacts
     command: str
 
 
-def make_record(outcome: Outcome, source: Path | None, target: Path) -> Record:
-    """The record of a job; `source` and `target` are the folders whose weight files are compared.
+def make_record(outcome: Outcome) -> Record:
+    """The record of a job, without the sizes of files that are not written yet.
 
     Raises:
         DataError: there was no data to measure the quality on.
@@ -58,24 +56,22 @@ def make_record(outcome: Outcome, source: Path | None, target: Path) -> Record:
     warnings += [] if structured else [ZEROS]
     warnings += [CHANGED] if method.changes_weights else []
     return Record(
-        title=f"{outcome.job.model} pruned by {method.name}",
-        model=parts.ModelInfo(name=outcome.job.model, fingerprint=fingerprint(plan)),
-        method=parts.MethodInfo(
-            name=method.name, title=method.title, citation=method.citation, formula=method.formula
-        ),
+        title=f"{outcome.prepared.job.model} pruned by {method.name}",
+        model=parts.ModelInfo(name=outcome.prepared.job.model, fingerprint=fingerprint(plan)),
+        method=parts.MethodInfo(name=method.name, title=method.title, citation=method.citation, formula=method.formula),
         budget=parts.BudgetInfo(
-            asked=asked(outcome.job.budget),
+            asked=asked(outcome.prepared.job.budget),
             sparsity=plan.sparsity,
             units=", ".join(f"{kind.value}s" for kind in plan.kinds),
         ),
         structure=structure,
         quality=_quality(outcome),
-        sizes=_sizes(outcome, source, target),
+        sizes=_sizes(outcome),
         layers=[parts.Layer.of_row(row) for row in plan.table()],
         reproduce=parts.Reproduction(
             command=outcome.command,
             python=snippet(outcome.prepared),
-            seed=outcome.job.seed,
+            seed=outcome.prepared.job.seed,
             settings=dict(provenance.settings),
             versions=dict(provenance.versions),
         ),
@@ -117,7 +113,7 @@ def _quality(outcome: Outcome) -> parts.Quality:
     if before.quality is None or after.quality is None:
         raise DataError("no data to measure the quality on: a report needs --data")
     dense, final = _measured(before.quality, before.interval), _measured(after.quality, after.interval)
-    pruned = _measured(outcome.pruned, outcome.pruned_interval) if outcome.pruned else final
+    pruned = _measured(outcome.pruned, quality_interval(outcome.pruned)) if outcome.pruned else final
     assert outcome.prepared.splits is not None
     is_accuracy = before.quality.metric is Metric.ACCURACY
     return parts.Quality(
@@ -141,16 +137,23 @@ def _measured(quality: Quality, interval: Interval | None) -> parts.Measure:
     return parts.Measure(value=value, interval=ends, samples=quality.samples)
 
 
-def _sizes(outcome: Outcome, source: Path | None, target: Path) -> parts.Sizes:
+def with_file_sizes(record: Record, source: Path | None, target: Path) -> Record:
+    """The record with the bytes of the weight files before and after, where the former are known."""
+    before = weight_files(source)
+    if not before:
+        return record
+    files = parts.Pair(before=before, after=weight_files(target))
+    return record.model_copy(update={"sizes": record.sizes.model_copy(update={"file_bytes": files})})
+
+
+def _sizes(outcome: Outcome) -> parts.Sizes:
     before, after = outcome.before, outcome.after
-    files = weight_files(source), weight_files(target)
     return parts.Sizes(
         parameters=parts.Pair(before=before.parameters, after=after.parameters),
         nonzeros=parts.Pair(before=before.nonzeros, after=after.nonzeros),
         flops=parts.Pair(before=before.flops, after=after.flops or 0) if before.flops else None,
         flops_note="one sample; a multiply-add is 2 FLOPs; zeros counted as work",
         weight_bytes=parts.Pair(before=before.weight_bytes, after=after.weight_bytes),
-        file_bytes=parts.Pair(before=files[0], after=files[1]) if files[0] else None,
     )
 
 
@@ -194,6 +197,6 @@ def _recovery(outcome: Outcome) -> parts.RecoveryInfo | None:
     recovery = outcome.prepared.recovery
     if recovery is None:
         return None
-    settings: dict[str, Any] = recovery.configure(outcome.job.recover_settings).model_dump(mode="json")
+    settings: dict[str, Any] = recovery.configure(outcome.prepared.job.recover_settings).model_dump(mode="json")
     found = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in outcome.recovery_figures.items())
     return parts.RecoveryInfo(name=recovery.name, settings=settings, text=f"{recovery.title} ({found})")

@@ -1,5 +1,9 @@
 """What a model costs and how good it is: size, FLOPs, latency, memory, quality, and how sure that is."""
 
+import sys
+from types import ModuleType
+from typing import Any
+
 from secateur.measure.flops import Flops, count, effective_flops, flops
 from secateur.measure.latency import Latency, latency
 from secateur.measure.layouts import Layout
@@ -55,3 +59,16 @@ __all__ = [
     "sparsity",
     "weight_bytes",
 ]
+
+
+class _Callable(ModuleType):
+    """`secateur.measure(model)` is the call, `secateur.measure.latency` a part: one name serves both.
+
+    Importing a submodule always binds it in its package, so a function of that name would vanish.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Measurement:
+        return measure(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable

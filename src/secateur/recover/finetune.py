@@ -69,7 +69,7 @@ def finetune(request: Request, settings: FinetuneSettings) -> dict[str, float]:
 def factor(progress: float, warmup: float) -> float:
     """Learning-rate factor at `progress` in [0, 1): linear rise, then a cosine to zero."""
     if progress < warmup:
-        return (progress + 1e-3) / warmup
+        return min(1.0, (progress + 1e-3) / warmup)
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 

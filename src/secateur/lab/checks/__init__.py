@@ -1,1 +1,1 @@
-"""..."""
+"""Small-scale checks, one file per method, each with `check = Check(...)`."""

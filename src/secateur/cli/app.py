@@ -1,0 +1,272 @@
+"""The commands. Each hands over to a function that does the work; options are the same words everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from secateur.core.errors import SettingsError
+
+app = typer.Typer(
+    name="secateur",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Remove whatever a deep-learning system can do without, and show what it cost and brought.\n\n"
+    "Start with:  `secateur prune zoo:pydoc-llama --method wanda --sparsity 0.5 --out pruned`",
+)
+zoo_app = typer.Typer(no_args_is_help=True, help="Small trained models that are shipped with the library.")
+app.add_typer(zoo_app, name="zoo")
+
+MODEL_HELP = "zoo:NAME, a Hugging Face folder, a hub id, or module.path:factory with --weights"
+DATA_HELP = "zoo:NAME, a .txt/.jsonl/.parquet file, an image folder, or a hub id; options as file?limit=2000"
+
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
+Data = Annotated[str | None, typer.Option(help=DATA_HELP)]
+Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
+Seed = Annotated[int, typer.Option(help="of everything random")]
+Force = Annotated[bool, typer.Option(help="replace an existing output folder")]
+Weights = Annotated[str | None, typer.Option(help="safetensors file for module.path:factory")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: as stored")]
+Trust = Annotated[bool, typer.Option(help="import the factory that a result folder names")]
+
+
+def pairs(words: list[str], option: str) -> dict[str, str]:
+    """`["a=1", "b=2"]` as a dictionary."""
+    found = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise SettingsError(f"{option} takes name=value, got '{word}'")
+        found[name.strip().replace("-", "_")] = value.strip()
+    return found
+
+
+@app.command()
+def prune(
+    model: Model,
+    method: Annotated[str, typer.Option(help="a name from `secateur methods`")],
+    out: Annotated[Path | None, typer.Option(help="folder for the result; not needed with --dry-run")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="fraction of the units to remove, in [0, 1)")] = None,
+    pattern: Annotated[str | None, typer.Option(help="instead: KEEP:OF, e.g. 2:4 keeps 2 of every 4 inputs")] = None,
+    minimum: Annotated[int, typer.Option(help="every layer keeps at least so many units")] = 0,
+    data: Data = None,
+    samples: Annotated[int | None, typer.Option(help="calibration samples; default 128 (zoo: 64)")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="a setting of the method, name=value")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="only layers that match, e.g. 'model.layers.1*'")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="no layers that match, e.g. '*down_proj*'")] = None,
+    recover: Annotated[
+        str | None, typer.Option(help="finetune or batchnorm, with settings: finetune:steps=300,lr=1e-3")
+    ] = None,
+    seed: Seed = 0,
+    weights: Weights = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    trust_factory: Trust = False,
+    dry_run: Annotated[bool, typer.Option(help="show the plan, write nothing")] = False,
+    verify: Annotated[bool, typer.Option(help="reload the result and compare its outputs before keeping it")] = True,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Prune a model, save it, prove that it reloads, measure it and write a report.
+
+    `secateur prune zoo:pydoc-llama --method wanda --sparsity 0.5 --out pruned`
+
+    `secateur prune zoo:pydoc-llama --method shortgpt --sparsity 0.25 --out shorter`
+
+    `secateur prune zoo:digits-resnet --method global-magnitude --sparsity 0.9 --recover finetune --out small`
+
+    `secateur prune ./my-llama --method sparsegpt --pattern 2:4 --data text.jsonl --out my-llama-2-4`
+
+    `secateur prune mynets:make --weights w.safetensors --method taylor --sparsity 0.8 --data photos/ --out net`
+    """
+    from secateur.cli import commands
+
+    name, _, words = (recover or "").partition(":")
+    request: dict[str, Any] = {
+        "model": model,
+        "method": method,
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "minimum": minimum,
+        "data": data,
+        "samples": samples,
+        "settings": pairs(setting or [], "--set"),
+        "include": tuple(include or ("*",)),
+        "exclude": tuple(exclude or ()),
+        "recover": name or None,
+        "recover_settings": pairs([word for word in words.split(",") if word], "--recover"),
+        "seed": seed,
+        "weights": weights,
+        "device": device,
+        "dtype": dtype,
+        "trust_factory": trust_factory,
+        "verify": verify,
+        "force": force,
+    }
+    commands.prune(request, out, dry_run, json)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="one method, in full")] = None,
+    tag: Annotated[
+        list[str] | None, typer.Option(help="only methods with this tag, e.g. speedup=structured; can be repeated")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """The catalogue of methods, filterable by the survey's tags.
+
+    `secateur methods`
+
+    `secateur methods wanda`
+
+    `secateur methods --tag when=after_training --tag data=data_free`
+    """
+    from secateur.cli import commands
+
+    commands.methods(name, pairs(tag or [], "--tag"), json)
+
+
+@app.command()
+def show(
+    place: Annotated[Path, typer.Argument(help="a result folder or a plan's folder")],
+    json: Json = False,
+) -> None:
+    """What a plan keeps and removes, and what made it.
+
+    `secateur show pruned`
+    """
+    from secateur.cli import commands
+
+    commands.show_plan(place, json)
+
+
+@app.command()
+def apply(
+    plan: Annotated[Path, typer.Argument(help="a result folder or a plan's folder")],
+    model: Model,
+    out: Annotated[Path, typer.Option(help="folder for the result")],
+    other_weights: Annotated[
+        bool, typer.Option(help="accept the same architecture with other weights, e.g. retrained ones")
+    ] = False,
+    weights: Weights = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    trust_factory: Trust = False,
+    verify: Annotated[bool, typer.Option(help="reload the result and compare before keeping it")] = True,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Put a plan on the model it was made for, and save the result.
+
+    `secateur apply pruned zoo:pydoc-llama --out again`
+    """
+    from secateur.cli import commands
+
+    opening = {"weights": weights, "device": device, "dtype": dtype, "trust_factory": trust_factory}
+    saving = {"verify": verify, "force": force}
+    commands.apply_plan(plan, model, out, other_weights, opening, saving, json)
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(help="a plan")],
+    second: Annotated[Path, typer.Argument(help="another plan")],
+    json: Json = False,
+) -> None:
+    """Compare two plans site by site: kept by both, only by one, overlap.
+
+    `secateur diff pruned-wanda pruned-magnitude`
+    """
+    from secateur.cli import commands
+
+    commands.diff(first, second, json)
+
+
+@app.command()
+def bench(
+    models: Annotated[list[str], typer.Argument(help=f"{MODEL_HELP}; several are measured side by side")],
+    data: Data = None,
+    batch: Annotated[list[int] | None, typer.Option(help="batch sizes; default 1 and 16")] = None,
+    seconds: Annotated[float, typer.Option(help="time to spend on each model and batch size")] = 1.0,
+    machine: Annotated[bool, typer.Option(help="also measure what zeros and cuts bring on this machine")] = True,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    trust_factory: Trust = False,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Latency, throughput, memory, size and quality of models, side by side and interleaved.
+
+    `secateur bench zoo:pydoc-llama pruned shorter`
+    """
+    from secateur.cli import commands
+
+    opening = {"device": device, "dtype": dtype, "trust_factory": trust_factory}
+    commands.bench(models, data, tuple(batch or (1, 16)), seconds, machine, opening, seed, json)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="result folders; several are compared on one page")],
+    out: Annotated[Path | None, typer.Option(help="HTML file; default: report.html in the only folder")] = None,
+    json: Json = False,
+) -> None:
+    """One self-contained HTML page about one or several results.
+
+    `secateur report pruned`
+
+    `secateur report pruned shorter small --out comparison.html`
+    """
+    from secateur.cli import commands
+
+    commands.report(folders, out, json)
+
+
+@app.command()
+def reproduce(
+    name: Annotated[str, typer.Argument(help="a method")],
+    seeds: Annotated[int, typer.Option(help="number of seeds", min=1)] = 3,
+    json: Json = False,
+) -> None:
+    """Run a method's small-scale check: does the paper's central claim show, against baseline and random?
+
+    Exit code 1 if a claim does not show.
+
+    `secateur reproduce wanda --seeds 3`
+    """
+    from secateur.cli import commands
+
+    commands.reproduce(name, seeds, json)
+
+
+@zoo_app.command("list")
+def zoo_list(json: Json = False) -> None:
+    """Shipped models with their quality and size.
+
+    `secateur zoo list`
+    """
+    from secateur.cli import commands
+
+    commands.zoo_list(json)
+
+
+@zoo_app.command("build")
+def zoo_build(
+    name: Annotated[str, typer.Argument(help="a zoo model")],
+    out: Annotated[Path, typer.Option(help="folder for the result")],
+    seed: Seed = 0,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Train a zoo model again from scratch; same seed and versions, same bytes.
+
+    `secateur zoo build digits-resnet --out my-resnet`
+    """
+    from secateur.cli import commands
+
+    commands.zoo_build(name, out, seed, force, json)
