@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ZEROS = (
     "Zeros alone make the model neither smaller nor faster: shapes, FLOPs and files stay dense. Only a sparse format "
-    "or 2:4 kernels gain from them; what they gain on this machine is measured below."
+    "or 2:4 kernels gain from them; the report says what they gain on this machine, measured."
 )
 CHANGED = "This method also changed the kept weights: the result is not a mask on the original weights."
 

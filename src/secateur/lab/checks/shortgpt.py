@@ -38,8 +38,9 @@ def run(seed: int, progress: Progress) -> Mapping[str, Sample]:
     """All claims under one seed. Baseline: the first blocks; random: the mean over all choices."""
     model, data = llama(seed)
     dense = perplexity(model, data.evaluation).value
-    calibrated = {"data": data.calibration, "keep_scores": True}
-    plans = [api.plan(model, "shortgpt", sparsity=share, **calibrated) for share in (0.25, 0.5)]
+    plans = [
+        api.plan(model, "shortgpt", sparsity=share, data=data.calibration, keep_scores=True) for share in (0.25, 0.5)
+    ]
     influence = plans[0].scores[STACK]
     blocks = len(influence)
 
