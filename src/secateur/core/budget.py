@@ -1,4 +1,4 @@
-"""How much may stay. Counts are exact integers: fractions are read as the decimal the user typed."""
+"""How much may stay. Counts are exact integers: fractions are read as what the user typed."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ class Quantity(StrEnum):
     MILLISECONDS = "milliseconds"  # measured latency; needs a latency table
 
 
+def _exact(amount: float) -> Fraction:
+    """The decimal that the number prints as; a short fraction where that is one up to rounding errors."""
+    return Fraction(str(amount)).limit_denominator(10**9)
+
+
 COUNTED = {Quantity.SPARSITY, Quantity.DENSITY, Quantity.UNITS, Quantity.PARAMETERS}
 
 
@@ -44,7 +49,7 @@ class Pattern:
     def parse(cls, text: str) -> Pattern:
         """Read `"2:4"` as keep 2 of 4."""
         keep, colon, of = text.partition(":")
-        if not (colon and keep.strip().isdigit() and of.strip().isdigit()):
+        if not (colon and keep.strip().isdecimal() and of.strip().isdecimal()):
             raise BudgetError(f"pattern '{text}' is not of the form KEEP:OF, for example 2:4")
         return cls(int(keep), int(of))
 
@@ -102,17 +107,17 @@ class Budget:
     def keep(self, units: int, cost: int = 1) -> int:
         """How many of `units` units stay, each worth `cost` parameters.
 
-        Sparsity s removes floor(s * units), the rule of Wanda and of global magnitude; s is read as
-        the decimal it prints as, so 0.29 of 100 is 29 and not 28.
+        Sparsity s removes floor(s * units), the rule of Wanda and of global magnitude. s is read as
+        the fraction that was meant: 0.29 of 100 is 29 and not 28, 1 / 3 of 300 is 100 and not 99.
 
         Raises:
             BudgetError: the amount is out of reach, or the quantity needs a cost model.
         """
         match self.quantity:
             case Quantity.SPARSITY:
-                return units - floor(Fraction(str(self.amount)) * units)
+                return units - floor(_exact(self.amount) * units)
             case Quantity.DENSITY:
-                return floor(Fraction(str(self.amount)) * units)
+                return floor(_exact(self.amount) * units)
             case Quantity.UNITS:
                 kept = int(self.amount)
             case Quantity.PARAMETERS:

@@ -48,7 +48,13 @@ def _own(package: ModuleType) -> Iterator[tuple[str, Method]]:
 
 def _third_party() -> Iterator[tuple[str, Method]]:
     for entry in entry_points(group=ENTRY_POINTS):
-        loaded = entry.load()
+        try:
+            loaded = entry.load()
+        except Exception as error:
+            raise SettingsError(
+                f"method '{entry.name}' ({entry.value}) of an installed package cannot be loaded: "
+                f"{type(error).__name__}: {error}; repair or uninstall that package"
+            ) from error
         yield entry.value, getattr(loaded, "method", loaded)
 
 

@@ -15,6 +15,8 @@ from typing import Any
 from secateur.core.errors import OutputError, PlanError
 
 MARK = ".secateur-tmp-"
+OLD = "-old"  # ends the name of a replaced folder for the moment between two renames
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _alive(pid: int) -> bool:
@@ -28,13 +30,20 @@ def _alive(pid: int) -> bool:
 
 
 def sweep(parent: Path) -> list[Path]:
-    """Delete temporary folders that killed runs left in `parent`; folders of living runs stay."""
+    """Delete temporary folders that killed runs left in `parent`; folders of living runs stay.
+
+    A folder that was about to be replaced when its run was killed is put back.
+    """
     swept = []
     for path in parent.glob(f".*{MARK}*"):
-        pid = path.name.partition(MARK)[2].partition("-")[0]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
-            swept.append(path)
+        name, _, rest = path.name[1:].partition(MARK)
+        pid = rest.partition("-")[0]
+        if not pid.isdecimal() or _alive(int(pid)):
+            continue
+        if path.name.endswith(OLD) and not (parent / name).exists():
+            os.rename(path, parent / name)
+        shutil.rmtree(path, ignore_errors=True)
+        swept.append(path)
     return swept
 
 
@@ -68,17 +77,20 @@ def whole_folder(target: Path, force: bool = False) -> Iterator[Path]:
         yield temporary
         _make_readable(temporary)
         _swap(temporary, target)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"disk full while writing '{target}'; nothing was kept, free some space") from error
-        raise
     except Exception as error:
-        # safetensors wraps the operating system's error in one of its own
-        if "No space left on device" in str(error):
+        if _is_full(error):
             raise OutputError(f"disk full while writing '{target}'; nothing was kept, free some space") from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether the disk, the user's quota or the process's file size limit is used up."""
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    # safetensors wraps the operating system's error in one of its own
+    return any(os.strerror(code) in str(error) for code in FULL)
 
 
 def _make_readable(folder: Path) -> None:
@@ -89,13 +101,18 @@ def _make_readable(folder: Path) -> None:
 
 
 def _swap(new: Path, target: Path) -> None:
-    if target.exists():
-        old = new.with_name(new.name + "-old")
+    if not target.exists():
+        os.rename(new, target)
+        return
+    old = new.with_name(new.name + OLD)
+    try:
         os.rename(target, old)
         os.rename(new, target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.rename(new, target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(path: Path, data: Any) -> None:

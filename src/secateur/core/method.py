@@ -50,7 +50,7 @@ def describe(kind: type[Settings]) -> list[dict[str, Any]]:
         {
             "name": name,
             "type": getattr(info.annotation, "__name__", str(info.annotation)),
-            "default": info.default,
+            "default": None if info.is_required() else info.get_default(call_default_factory=True),
             "help": info.description or "",
         }
         for name, info in kind.model_fields.items()

@@ -126,7 +126,7 @@ class Plan:
                 "shape": list(site.shape),
                 "units": site.units,
                 "kept": (kept := self.kept(name)),
-                "sparsity": 1 - kept / site.units,
+                "sparsity": 1 - kept / site.units if site.units else 0.0,
                 **self.facts.get(name, {}),
             }
             for name, site in self.sites.items()
@@ -263,6 +263,9 @@ class Plan:
             sites = {item["name"]: Site.from_json(item) for item in document["sites"]}
             with safe_open(folder / TENSORS, framework="pt") as file:
                 groups = _grouped({key: file.get_tensor(key) for key in list(file.keys())})
+            if groups["mask"].keys() != sites.keys():
+                differ = sorted(groups["mask"].keys() ^ sites.keys())
+                raise PlanError(f"{TENSORS} and {DOCUMENT} disagree about the site '{differ[0]}'")
             masks = {name: unpack(groups["mask"][name], site.shape, name) for name, site in sites.items()}
             return cls(
                 sites=sites,
@@ -277,7 +280,9 @@ class Plan:
             )
         except (SafetensorError, OSError) as error:
             raise PlanError(f"'{folder / TENSORS}' is missing or damaged: {error}") from error
-        except (KeyError, TypeError, ValueError) as error:
+        except PlanError as error:
+            raise PlanError(f"'{folder}' is damaged: {error}") from error
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise PlanError(f"'{folder}' is not a complete plan: {type(error).__name__} {error}") from error
 
 

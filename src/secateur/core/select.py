@@ -7,6 +7,7 @@ index go first (what a stable ascending sort would do). A threshold alone cannot
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 
 import numpy as np
 import torch
@@ -49,8 +50,8 @@ def keep_top(scores: Tensor, keep: int) -> Tensor:
         return torch.ones_like(scores, dtype=torch.bool)
     if keep == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    if scores.dtype not in (torch.float32, torch.float64):
-        scores = scores.float()  # bfloat16/float16 widen exactly; integers below 2**24 do too
+    if scores.dtype in (torch.bfloat16, torch.float16):
+        scores = scores.float()  # widens exactly
     remove = n - keep
     threshold = _kth_smallest(scores, remove)
     below = scores < threshold
@@ -66,7 +67,9 @@ def keep_global(scores: Mapping[str, Tensor], keep: int) -> dict[str, Tensor]:
     """One ranking over all sites: the `keep` highest scores of all stay. Ties fall in mapping order."""
     for name, score in scores.items():
         check_scores(score, name)
-    flat = torch.cat([score.detach().reshape(-1).float() for score in scores.values()])
+    # of several dtypes the widest, so that no two different scores become equal
+    dtype = reduce(torch.promote_types, (score.dtype for score in scores.values()))
+    flat = torch.cat([score.detach().reshape(-1).to(dtype) for score in scores.values()])
     mask = keep_top(flat, keep)
     sizes = [score.numel() for score in scores.values()]
     parts = torch.split(mask, sizes)
@@ -95,21 +98,3 @@ def keep_pattern(scores: Tensor, pattern: Pattern, where: str = "scores") -> Ten
     mask = torch.ones_like(grouped, dtype=torch.bool)
     mask.scatter_(-1, order[..., : pattern.of - pattern.keep], False)
     return mask.view(rows, columns)
-
-
-def keep_column_blocks(scores: Tensor, remove: int, width: int) -> Tensor:
-    """Uniform sparsity per block of `width` columns over all rows together (SparseGPT's grouping).
-
-    `remove` weights go in total; every block gets its share, rounded so that the running total is
-    floor(remove * seen / all).
-    """
-    rows, columns = scores.shape
-    mask = torch.empty_like(scores, dtype=torch.bool)
-    done = 0
-    for start in range(0, columns, width):
-        end = min(start + width, columns)
-        due = remove * end // columns
-        block = scores[:, start:end]
-        mask[:, start:end] = keep_top(block.reshape(-1), block.numel() - (due - done)).view(rows, -1)
-        done = due
-    return mask

@@ -237,7 +237,7 @@ class Tags:
     def __post_init__(self) -> None:
         for name, (kind, is_set) in axes().items():
             value = getattr(self, name)
-            values = value if is_set and isinstance(value, (set, frozenset)) else {value}
+            values = value if is_set and isinstance(value, (set, frozenset)) else (value,)
             for item in values:
                 if not isinstance(item, kind):
                     allowed = ", ".join(map(str, kind)) if issubclass(kind, StrEnum) else "True, False"
@@ -274,11 +274,23 @@ class Tags:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Tags:
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`.
+
+        Raises:
+            SettingsError: an axis is missing or unknown, or a value is not allowed.
+        """
+        known = axes()
+        if different := sorted(known.keys() ^ data.keys()):
+            raise SettingsError(f"tag '{different[0]}' is {'missing' if different[0] in known else 'no tag'}")
         values: dict[str, Any] = {}
-        for name, (kind, is_set) in axes().items():
-            values[name] = frozenset(map(kind, data[name])) if is_set else kind(data[name])
+        for name, (kind, is_set) in known.items():
+            values[name] = frozenset(_member(kind, i) for i in data[name]) if is_set else _member(kind, data[name])
         return cls(**values)
+
+
+def _member(kind: type, value: Any) -> Any:
+    """The member with that value; what is none stays as it is for `Tags` to refuse."""
+    return kind(value) if issubclass(kind, StrEnum) and value in set(kind) else value
 
 
 def axes() -> dict[str, tuple[type, bool]]:

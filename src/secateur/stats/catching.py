@@ -127,7 +127,8 @@ def _probe_batch(batch: Batch) -> Batch:
     """One sample; of plain token ids the first few only, since just the wiring is looked at."""
 
     def cut(item: Any) -> Any:
-        return item[:1] if isinstance(item, Tensor) and item.dim() else item
+        per_sample = isinstance(item, Tensor) and item.dim() > 0 and item.shape[0] == batch.samples
+        return item[:1] if per_sample else item
 
     if len(batch.tensors) == 1 and batch.tensors[0].dtype == torch.int64 and batch.tensors[0].dim() == 2:
 

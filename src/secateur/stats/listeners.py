@@ -90,7 +90,8 @@ class FeatureMean:
         self.value = self.value.to(inputs.device)
         self.tokens += inputs.shape[0]
         self.samples += samples
-        self.value += (inputs.float() - self.value).sum(0) / self.tokens
+        if len(inputs):
+            self.value += (inputs.float() - self.value).sum(0) / self.tokens
 
     def check(self, name: str) -> None:
         """Refuse NaN and infinity."""

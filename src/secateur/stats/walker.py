@@ -22,9 +22,8 @@ from torch import Tensor, nn
 
 from secateur.core.errors import DataError, ModelError
 from secateur.core.method import Batch, Task
-from secateur.data.batches import run
 from secateur.data.running import device_of
-from secateur.stats.catching import Call, WalkableStack, hidden_of, record_calls, walkable_stacks
+from secateur.stats.catching import Call, WalkableStack, hidden_of, record_calls, run_safely, walkable_stacks
 from secateur.stats.listeners import Statistic
 from secateur.structure.layers import WeightLayer
 from secateur.structure.sites import WeightLayers, weight_layers
@@ -40,7 +39,7 @@ class _Listening(Generic[S]):
     factory: Callable[[int], S]
     stats: dict[str, S] = field(default_factory=dict)
     leader: dict[str, str] = field(default_factory=dict)
-    seen: list[tuple[Tensor, tuple[object, ...], str]] = field(default_factory=list)
+    seen: list[tuple[Tensor, int, tuple[object, ...], str]] = field(default_factory=list)
 
     def next_batch(self) -> None:
         self.seen.clear()
@@ -48,8 +47,9 @@ class _Listening(Generic[S]):
     def take(self, layer: WeightLayer, x: Tensor, samples: int) -> S:
         """Update (or find already updated) the statistic of `layer` for its input `x`."""
         key = layer.input_key()
-        for tensor, other_key, leader in self.seen:
-            if tensor is x and key == other_key and self.leader.get(layer.name, leader) == leader:
+        version = 0 if x.is_inference() else x._version  # changes when the tensor is written in place
+        for tensor, at, other_key, leader in self.seen:
+            if tensor is x and at == version and key == other_key and self.leader.get(layer.name, leader) == leader:
                 self.leader[layer.name] = leader
                 self.stats[layer.name] = self.stats[leader]
                 return self.stats[leader]
@@ -61,7 +61,7 @@ class _Listening(Generic[S]):
             )
         stat = self.stats.setdefault(layer.name, self.factory(layer.site.matrix_shape[1]))
         stat.update(layer.input_matrix(x), samples)
-        self.seen.append((x, key, layer.name))
+        self.seen.append((x, version, key, layer.name))
         return stat
 
     def complete(self, layers: dict[str, WeightLayer]) -> dict[str, S]:
@@ -135,13 +135,16 @@ class BlockVisit:
         (call,), (batch,) = self._calls, self._walk.batches
         with _hooked(self.layers, heard) as hooks:
             hooks.samples = batch.samples
-            self._keep([self._run(call)])
-        for name in self.layers.keys() - decided:
-            decide(self.layers[name], factory(self.layers[name].site.matrix_shape[1]))
+            output = self._run(call)
+        for name, layer in self.layers.items():
+            if name not in decided:
+                decide(layer, factory(layer.site.matrix_shape[1]))
+        self._keep([output])
 
     def replace(self, layer: WeightLayer, matrix: Tensor) -> None:
         """Give a layer another weight `[O, I]` for the rest of the walk."""
         self._walk.substitute(layer, matrix)
+        self._outputs = None
 
     def flow(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Run the block and yield its hidden state before and after, batch by batch."""
@@ -170,7 +173,7 @@ class BlockVisit:
 
     def _run(self, call: Call) -> Any:
         if not self.stack.name:
-            return run(self.module, Batch(call.args, call.kwargs))
+            return run_safely(self.module, Batch(call.args, call.kwargs))
         return self.module(*call.args, **call.kwargs)
 
 
@@ -296,13 +299,17 @@ def join(batches: Sequence[Batch]) -> Batch:
     """
 
     def cat(items: list[Any]) -> Any:
-        if isinstance(items[0], Tensor):
+        if all(isinstance(item, Tensor) for item in items):
             return torch.cat(items)
+        if any(isinstance(item, Tensor) or item != items[0] for item in items):
+            raise DataError("calibration batches must have the same arguments to be used in one pass")
         return items[0]
 
+    if any(len(b.args) != len(batches[0].args) or b.kwargs.keys() != batches[0].kwargs.keys() for b in batches):
+        raise DataError("calibration batches must have the same arguments to be used in one pass")
     try:
         args = tuple(cat([batch.args[i] for batch in batches]) for i in range(len(batches[0].args)))
         kwargs = {key: cat([batch.kwargs[key] for batch in batches]) for key in batches[0].kwargs}
-    except (RuntimeError, KeyError, IndexError) as error:
+    except RuntimeError as error:
         raise DataError(f"calibration samples must have one shape to be used in one pass: {error}") from error
     return Batch(args, kwargs)

@@ -92,10 +92,12 @@ class WeightLayer:
 
     def input_key(self) -> tuple[object, ...]:
         """Layers with equal keys turn the same input tensor into the same input matrix."""
+        if isinstance(self.module, TRANSPOSED_CONVOLUTIONS):
+            return ("transposed",)
         if not isinstance(self.module, CONVOLUTIONS):
             return ("features",)
         conv = self.module
-        return ("patches", conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
+        return ("patches", conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode, conv.groups)
 
     def input_matrix(self, x: Tensor) -> Tensor:
         """The layer's input as `[T, I]`, one row per multiplication with the weight.
