@@ -151,11 +151,11 @@ class Plan:
             raise PlanError(f"both plans change the kept weights of '{min(both)}'; apply one, then plan on the result")
         if self.planned_on and other.planned_on and self.planned_on != other.planned_on:
             raise PlanError("the plans were made for different models; plan both on the same one")
-        masks = dict(self.masks)
+        masks = {name: mask.clone() for name, mask in self.masks.items()}
         for name, mask in other.masks.items():
             if name in masks and masks[name].shape != mask.shape:
                 raise PlanError(f"the masks of '{name}' have shapes {list(masks[name].shape)} and {list(mask.shape)}")
-            masks[name] = masks[name] & mask if name in masks else mask
+            masks[name] = masks[name] & mask if name in masks else mask.clone()
         return Plan(
             sites={**self.sites, **other.sites},
             masks=masks,
