@@ -8,7 +8,7 @@ from fractions import Fraction
 from math import floor, isfinite
 from typing import Any
 
-from secateur.core.errors import BudgetError
+from secateur.core.errors import BudgetError, UnknownNameError
 from secateur.core.units import UnitKind
 
 
@@ -76,6 +76,10 @@ class Budget:
     per_kind: tuple[tuple[UnitKind, float], ...] = ()
 
     def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "quantity", Quantity(self.quantity))  # a plain string would skip the checks
+        except ValueError:
+            raise UnknownNameError("quantity of a budget", str(self.quantity), Quantity) from None
         for amount in (self.amount, *(a for _, a in self.per_kind)):
             self._check(amount)
         if self.floor < 0:

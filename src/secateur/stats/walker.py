@@ -11,9 +11,10 @@ Two ways to order the work inside a block:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -25,11 +26,20 @@ from secateur.core.method import Batch, Task
 from secateur.data.running import device_of
 from secateur.stats.catching import Call, WalkableStack, hidden_of, record_calls, run_safely, walkable_stacks
 from secateur.stats.listeners import Statistic
+from secateur.stats.lockstep import current, lockstep, wait
 from secateur.structure.layers import WeightLayer
 from secateur.structure.sites import WeightLayers, weight_layers
 from secateur.structure.stacks import Stack
 
 S = TypeVar("S", bound=Statistic)
+
+
+@dataclass
+class _InBatch:
+    """What is known of the batch that is running: its size, and the inputs seen and who saw them first."""
+
+    samples: int
+    seen: list[tuple[Tensor, int, tuple[object, ...], str]] = field(default_factory=list)
 
 
 @dataclass
@@ -39,16 +49,12 @@ class _Listening(Generic[S]):
     factory: Callable[[int], S]
     stats: dict[str, S] = field(default_factory=dict)
     leader: dict[str, str] = field(default_factory=dict)
-    seen: list[tuple[Tensor, int, tuple[object, ...], str]] = field(default_factory=list)
 
-    def next_batch(self) -> None:
-        self.seen.clear()
-
-    def take(self, layer: WeightLayer, x: Tensor, samples: int) -> S:
+    def take(self, layer: WeightLayer, x: Tensor, batch: _InBatch) -> S:
         """Update (or find already updated) the statistic of `layer` for its input `x`."""
         key = layer.input_key()
         version = 0 if x.is_inference() else x._version  # changes when the tensor is written in place
-        for tensor, at, other_key, leader in self.seen:
+        for tensor, at, other_key, leader in batch.seen:
             if tensor is x and at == version and key == other_key and self.leader.get(layer.name, leader) == leader:
                 self.leader[layer.name] = leader
                 self.stats[layer.name] = self.stats[leader]
@@ -57,11 +63,11 @@ class _Listening(Generic[S]):
         if leader != layer.name:
             raise ModelError(
                 f"layer '{layer.name}' read the same tensor as '{leader}' in one batch and another in the next; "
-                "give the calibration data as one batch"
+                f"exclude one of them"
             )
         stat = self.stats.setdefault(layer.name, self.factory(layer.site.matrix_shape[1]))
-        stat.update(layer.input_matrix(x), samples)
-        self.seen.append((x, version, key, layer.name))
+        stat.update(layer.input_matrix(x), batch.samples)
+        batch.seen.append((x, version, key, layer.name))
         return stat
 
     def complete(self, layers: dict[str, WeightLayer]) -> dict[str, S]:
@@ -106,40 +112,59 @@ class BlockVisit:
         """
         listening = _Listening(factory)
 
-        def heard(layer: WeightLayer, x: Tensor, samples: int) -> None:
-            listening.take(layer, x, samples)
+        def never(points: Set[str]) -> str:
+            raise AssertionError(points)
 
-        with _hooked(self.layers, heard) as hooks:
-            for call, batch in zip(self._calls, self._walk.batches, strict=True):
-                listening.next_batch()
-                hooks.samples = batch.samples
-                self._run(call)
+        def run(call: Call) -> None:
+            self._run(call)  # the output is not needed: the block is still to change
+
+        self._listen(listening.take, run, never)
         return listening.complete(self.layers)
 
     def sweep(self, factory: Callable[[int], S], decide: Callable[[WeightLayer, S], None]) -> None:
         """One pass in which `decide(layer, statistic)` is called right before each layer runs.
 
-        Needs the whole calibration data as one batch (`BlockWalk(one_batch=True)`), since a layer's
-        statistic must be complete before any sample passes it.
+        The batches run in lockstep: each stops before a layer until all have brought their inputs.
+        Where they stop before different layers (experts), the first in module order is decided first.
         """
         listening = _Listening(factory)
         decided: set[str] = set()
+        order = {name: index for index, name in enumerate(self.layers)}
 
-        def heard(layer: WeightLayer, x: Tensor, samples: int) -> None:
+        def heard(layer: WeightLayer, x: Tensor, batch: _InBatch) -> None:
             if layer.name not in decided:
-                stat = listening.take(layer, x, samples)
-                stat.check(layer.name)
-                decided.add(layer.name)
-                decide(layer, stat)
+                listening.take(layer, x, batch)
+                wait(layer.name)
 
-        (call,), (batch,) = self._calls, self._walk.batches
-        with _hooked(self.layers, heard) as hooks:
-            hooks.samples = batch.samples
-            output = self._run(call)
+        def release(points: Set[str]) -> str:
+            name = min(points, key=order.__getitem__)
+            listening.stats[name].check(name)
+            decided.add(name)
+            decide(self.layers[name], listening.stats[name])
+            return name
+
+        outputs = self._listen(heard, self._run, release)
         for name, layer in self.layers.items():
             if name not in decided:
                 decide(layer, factory(layer.site.matrix_shape[1]))
-        self._keep([output])
+        self._keep(outputs)
+
+    def _listen(
+        self,
+        heard: Callable[[WeightLayer, Tensor, _InBatch], object],
+        run: Callable[[Call], Any],
+        release: Callable[[Set[str]], str],
+    ) -> list[Any]:
+        """Run all batches in lockstep with `heard` called before every layer; what `run` returned for each."""
+        batches = {}  # of the run that is going on
+
+        def started(call: Call, batch: Batch) -> Any:
+            batches[current()] = _InBatch(batch.samples)
+            return run(call)
+
+        runs = [partial(started, call, batch) for call, batch in zip(self._calls, self._walk.batches, strict=True)]
+        with _hooked(self.layers, lambda layer, x: heard(layer, x, batches[current()])):
+            return lockstep(runs, release)
 
     def replace(self, layer: WeightLayer, matrix: Tensor) -> None:
         """Give a layer another weight `[O, I]` for the rest of the walk."""
@@ -177,31 +202,21 @@ class BlockVisit:
         return self.module(*call.args, **call.kwargs)
 
 
-class _Hooks:
-    samples = 0
+@contextlib.contextmanager
+def _hooked(layers: dict[str, WeightLayer], heard: Callable[[WeightLayer, Tensor], object]) -> Iterator[None]:
+    """Call `heard(layer, input)` before every layer inside the block."""
 
-
-class _hooked:  # noqa: N801 - reads as a verb in `with`
-    """Call `heard(layer, input, samples)` before every layer while the block runs."""
-
-    def __init__(self, layers: dict[str, WeightLayer], heard: Callable[[WeightLayer, Tensor, int], None]):
-        self.layers, self.heard, self.state = layers, heard, _Hooks()
-        self.handles: list[Any] = []
-
-    def __enter__(self) -> _Hooks:
-        for layer in self.layers.values():
-            self.handles.append(layer.module.register_forward_pre_hook(self._hook(layer), with_kwargs=True))
-        return self.state
-
-    def _hook(self, layer: WeightLayer) -> Callable[..., None]:
+    def hook_of(layer: WeightLayer) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            self.heard(layer, x, self.state.samples)
+            heard(layer, args[0] if args else next(iter(kwargs.values())))
 
         return hook
 
-    def __exit__(self, *error: object) -> None:
-        for handle in self.handles:
+    handles = [layer.module.register_forward_pre_hook(hook_of(layer), with_kwargs=True) for layer in layers.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
 
 
@@ -217,19 +232,17 @@ class BlockWalk:
 
     Args:
         task: gives the model, the data and the patterns of layers to leave out.
-        one_batch: join all calibration batches, as `BlockVisit.sweep` needs.
 
     Raises:
         DataError: no data, or the model does not run on it.
     """
 
-    def __init__(self, task: Task, *, one_batch: bool = False):
+    def __init__(self, task: Task):
         if not task.batches:
             raise DataError("this method needs calibration data; give data=... (--data)")
-        batches = [batch.to(device_of(task.model)) for batch in task.batches]
         self.task = task
         self.model = task.model
-        self.batches: Sequence[Batch] = [join(batches)] if one_batch else batches
+        self.batches = [batch.to(device_of(task.model)) for batch in task.batches]
         with torch.no_grad():
             self.stacks = walkable_stacks(task.model, self.batches[0])
         self._undo: list[tuple[nn.Module, Tensor]] = []
@@ -291,25 +304,26 @@ class BlockWalk:
             module.weight.data = data
 
 
-def join(batches: Sequence[Batch]) -> Batch:
-    """All batches as one.
+def layerwise(
+    task: Task, factory: Callable[[int], S], decide: Callable[[BlockVisit, WeightLayer, S], None], one_pass: bool
+) -> list[str]:
+    """Walk the model and decide every layer of every block once; the plan of most layer-wise methods.
 
-    Raises:
-        DataError: samples differ in shape, or batches in their arguments.
+    Args:
+        task: model, data, patterns.
+        factory: makes a layer's statistic from its number of inputs.
+        decide: chooses a layer's weights, and hands them on by `BlockVisit.replace`.
+        one_pass: `BlockVisit.sweep` instead of `BlockVisit.observe`.
+
+    Returns:
+        Sentences about weights in the blocks that no layer of the walk uses.
     """
-
-    def cat(items: list[Any]) -> Any:
-        if all(isinstance(item, Tensor) for item in items):
-            return torch.cat(items)
-        if any(isinstance(item, Tensor) or item != items[0] for item in items):
-            raise DataError("calibration batches must have the same arguments to be used in one pass")
-        return items[0]
-
-    if any(len(b.args) != len(batches[0].args) or b.kwargs.keys() != batches[0].kwargs.keys() for b in batches):
-        raise DataError("calibration batches must have the same arguments to be used in one pass")
-    try:
-        args = tuple(cat([batch.args[i] for batch in batches]) for i in range(len(batches[0].args)))
-        kwargs = {key: cat([batch.kwargs[key] for batch in batches]) for key in batches[0].kwargs}
-    except RuntimeError as error:
-        raise DataError(f"calibration samples must have one shape to be used in one pass: {error}") from error
-    return Batch(args, kwargs)
+    with BlockWalk(task) as walk:
+        for visit in walk:
+            if one_pass:
+                visit.sweep(factory, partial(decide, visit))
+            else:
+                stats = visit.observe(factory)
+                for name, layer in visit.layers.items():
+                    decide(visit, layer, stats[name])
+        return [f"'{name}' was not pruned: it {why}" for name, why in walk.found.skipped.items()]

@@ -48,14 +48,14 @@ def plan(task: Task, settings: ShortGPTSettings) -> Decision:
     remove = how_many(task, stack)
     influence, states = influences(task, stack)
     site = Site(stack.name, UnitKind.BLOCK, (len(stack.blocks),), cost=_costs(stack))
+    free = torch.tensor([task.wants(name) for name in stack.names])
     if settings.metric is Metric.COSINE:
-        free = torch.tensor([task.wants(name) for name in stack.names])
         scores = torch.where(free, influence, torch.full_like(influence, torch.inf))
         keep = keep_top(scores, len(scores) - remove)
     else:
-        keep = smallest_run(states, remove)
+        keep = smallest_run(states, remove, free)
     gone = [index for index in range(len(keep)) if not keep[index]]
-    protected = [stack.names[index] for index in gone if not task.wants(stack.names[index])]
+    protected = [stack.names[index] for index in gone if not free[index]]
     if protected:
         raise BudgetError(f"{remove} of {len(keep)} blocks cannot go without the excluded '{protected[0]}'")
     decision = Decision(sites={stack.name: site}, masks={stack.name: keep})
@@ -104,6 +104,8 @@ def influences(task: Task, stack: Stack) -> tuple[Tensor, Tensor]:
                         f"block '{visit.name}' turns {list(before.shape)} into {list(after.shape)}; "
                         "blocks that change the shape cannot be removed"
                     )
+                if not (torch.isfinite(before).all() and torch.isfinite(after).all()):
+                    raise NumericsError(f"block '{visit.name}' gets or returns NaN or infinity on the calibration data")
                 values.append(cosine(before, after))
                 entering.append(before[:, -1])
                 leaving.append(after[:, -1])
@@ -111,18 +113,19 @@ def influences(task: Task, stack: Stack) -> tuple[Tensor, Tensor]:
                 states.append(torch.cat(entering))
             states.append(torch.cat(leaving))
             influence.append(1 - torch.cat(values).mean())
-            if not torch.isfinite(states[-1]).all():
-                raise NumericsError(f"block '{visit.name}' returns NaN or infinity on the calibration data")
     return torch.stack(influence).cpu(), torch.stack(states)
 
 
-def smallest_run(states: Tensor, length: int) -> Tensor:
-    """Keep-mask without the `length` consecutive blocks that turn the last token least."""
+def smallest_run(states: Tensor, length: int, free: Tensor) -> Tensor:
+    """Keep-mask without the `length` consecutive blocks that turn the last token least.
+
+    Runs of `free` blocks come first; only if there is none may a run hold others.
+    """
     blocks = len(states) - 1
     keep = torch.ones(blocks, dtype=torch.bool)
     if length:
         distance = [angular(states[i], states[i + length]).mean().item() for i in range(blocks - length + 1)]
-        start = min(range(len(distance)), key=distance.__getitem__)
+        start = min(range(len(distance)), key=lambda i: (not bool(free[i : i + length].all()), distance[i]))
         keep[start : start + length] = False
     return keep
 

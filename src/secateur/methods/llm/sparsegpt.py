@@ -14,7 +14,6 @@ unfolded patches, which the official code leaves unfinished; grouped ones are re
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import StrEnum
 
 import torch
@@ -26,10 +25,10 @@ from secateur.core.errors import BudgetError, NumericsError
 from secateur.core.method import Decision, Group, Method, Protocol, Settings, Task
 from secateur.core.select import keep_pattern, keep_top
 from secateur.core.units import UnitKind
-from secateur.recover.obs import MaskRule, inverse_factor, sweep
+from secateur.recover.obs import InverseFactor, MaskRule, inverse_factor, sweep
 from secateur.recover.quantise import minmax_grid
 from secateur.stats.listeners import Hessian
-from secateur.stats.walker import BlockVisit, BlockWalk
+from secateur.stats.walker import BlockVisit, layerwise
 from secateur.structure.layers import WeightLayer
 
 
@@ -58,32 +57,13 @@ class SparseGPTSettings(Settings):
 def plan(task: Task, settings: SparseGPTSettings) -> Decision:
     """Walk the blocks; factorise each input's Hessian once; sweep every layer that reads it."""
     decision = Decision()
-    with BlockWalk(task, one_batch=settings.true_sequential) as walk:
-        for visit in walk:
-            decide = _decider(task, settings, visit, decision)
-            if settings.true_sequential:
-                visit.sweep(Hessian, decide)
-            else:
-                stats = visit.observe(Hessian)
-                for name, layer in visit.layers.items():
-                    decide(layer, stats[name])
-        decision.warnings += [f"'{name}' was not pruned: it {why}" for name, why in walk.found.skipped.items()]
-    return decision
+    latest: list[tuple[Hessian, InverseFactor]] = []  # layers that share an input come one after the other
 
-
-def _decider(
-    task: Task, settings: SparseGPTSettings, visit: BlockVisit, decision: Decision
-) -> Callable[[WeightLayer, Hessian], None]:
-    factors = {}  # of this block's Hessians; layers that share an input share the factor
-
-    def decide(layer: WeightLayer, stat: Hessian) -> None:
+    def decide(visit: BlockVisit, layer: WeightLayer, stat: Hessian) -> None:
         W = layer.matrix
-        if id(stat) not in factors:
-            try:
-                factors[id(stat)] = inverse_factor(stat.value, settings.percdamp), stat
-            except NumericsError as error:
-                raise NumericsError(f"layer '{layer.name}': {error}") from error
-        factor = factors[id(stat)][0]
+        if not latest or latest[0][0] is not stat:
+            latest[:] = [(stat, _factorised(stat, layer.name, settings))]
+        factor = latest[0][1]
         if factor.damping > settings.percdamp:
             raised = f"the Hessian is singular, damping raised to {factor.damping:g}"
             decision.warnings.append(f"layer '{layer.name}': {raised}")
@@ -96,7 +76,15 @@ def _decider(
         decision.facts[layer.name] = {"error": solved.error, "damping": factor.damping}
         visit.replace(layer, solved.weight)
 
-    return decide
+    decision.warnings += layerwise(task, Hessian, decide, settings.true_sequential)
+    return decision
+
+
+def _factorised(stat: Hessian, name: str, settings: SparseGPTSettings) -> InverseFactor:
+    try:
+        return inverse_factor(stat.value, settings.percdamp)
+    except NumericsError as error:
+        raise NumericsError(f"layer '{name}': {error}") from error
 
 
 def mask_rule(task: Task, settings: SparseGPTSettings, W: Tensor, name: str) -> tuple[MaskRule, int | None]:

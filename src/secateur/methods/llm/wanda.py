@@ -12,7 +12,6 @@ feeds blocks from dense ones; here pruned blocks feed the next one everywhere, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import StrEnum
 
 import torch
@@ -25,7 +24,7 @@ from secateur.core.select import keep_pattern, keep_top
 from secateur.core.units import UnitKind
 from secateur.scores import weights as score
 from secateur.stats.listeners import SecondMoment
-from secateur.stats.walker import BlockVisit, BlockWalk
+from secateur.stats.walker import BlockVisit, layerwise
 from secateur.structure.layers import WeightLayer
 
 
@@ -56,25 +55,9 @@ class WandaSettings(Settings):
 
 def plan(task: Task, settings: WandaSettings) -> Decision:
     """Walk the blocks, score, choose per row, write zeros, go on with the pruned block."""
-    one_pass = settings.sequencing is Sequencing.PROJECTION
     decision = Decision()
-    with BlockWalk(task, one_batch=one_pass) as walk:
-        for visit in walk:
-            decide = _decider(task, settings, visit, decision)
-            if one_pass:
-                visit.sweep(SecondMoment, decide)
-            else:
-                stats = visit.observe(SecondMoment)
-                for name, layer in visit.layers.items():
-                    decide(layer, stats[name])
-        decision.warnings += [f"'{name}' was not pruned: it {why}" for name, why in walk.found.skipped.items()]
-    return decision
 
-
-def _decider(
-    task: Task, settings: WandaSettings, visit: BlockVisit, decision: Decision
-) -> Callable[[WeightLayer, SecondMoment], None]:
-    def decide(layer: WeightLayer, stat: SecondMoment) -> None:
+    def decide(visit: BlockVisit, layer: WeightLayer, stat: SecondMoment) -> None:
         W, moment = layer.matrix, stat.value
         if not moment.any():
             decision.warnings.append(f"layer '{layer.name}' saw no calibration input but zeros: pruned by magnitude")
@@ -89,7 +72,9 @@ def _decider(
             decision.scores[layer.name] = layer.to_site(scores)
         visit.replace(layer, W * keep)
 
-    return decide
+    one_pass = settings.sequencing is Sequencing.PROJECTION
+    decision.warnings += layerwise(task, SecondMoment, decide, one_pass)
+    return decision
 
 
 def choose(scores: Tensor, task: Task, settings: WandaSettings, name: str) -> Tensor:
