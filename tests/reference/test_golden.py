@@ -61,7 +61,7 @@ def test_the_wanda_recipes_tell_wrong_implementations_apart():
     for layer, statistic in ((first, mean), (last, dense)):
         score = dict(model.named_parameters())[layer].detach().abs() * statistic
         chosen = score.argsort(dim=1, stable=True).argsort(dim=1) >= recipes.WIDTH // 2
-        assert (chosen != plan.masks[layer]).float().mean() > 0.01
+        assert (chosen != plan.masks[layer]).float().mean() > 0.005
     per_layer = api.plan(model, "wanda", 0.5, data=recipes.sequences(), compare="layer")
     assert not torch.equal(per_layer.masks[last], plan.masks[last])
 
