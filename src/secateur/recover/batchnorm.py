@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
+
 from pydantic import Field
 from torch import nn
 
 from secateur.core.errors import ModelError
 from secateur.core.method import Settings
 from secateur.core.progress import track
-from secateur.data.batches import forward
-from secateur.data.running import device_of, evaluating
+from secateur.data.running import evaluating, logits
 from secateur.recover.recovery import Recovery, Request
 
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -22,27 +25,35 @@ class BatchNormSettings(Settings):
     batch: int = Field(64, ge=2, description="samples per batch")
 
 
-def reestimate(request: Request, settings: BatchNormSettings) -> dict[str, float]:
-    """Replace running means and variances by plain averages over the data.
-
-    Raises:
-        ModelError: the model has no batch norm with running statistics.
-    """
-    norms = [m for m in request.model.modules() if isinstance(m, NORMS) and m.track_running_stats]
-    if not norms:
-        raise ModelError(f"{type(request.model).__name__} has no batch norm to re-estimate; use --recover finetune")
+@contextlib.contextmanager
+def _averaging(norms: Sequence[BatchNorm]) -> Iterator[None]:
+    """Norms that forget their statistics and average over the batches that follow; momenta are put back."""
     momenta = [norm.momentum for norm in norms]
-    data = request.data.sample(settings.batches * settings.batch, request.seed)
-    with evaluating(request.model):
+    try:
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # cumulative average
             norm.train()
-        batches = [batch for batch in data.batches(settings.batch) if batch.samples > 1]
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def reestimate(request: Request, settings: BatchNormSettings) -> dict[str, float]:
+    """Replace running means and variances by plain averages of the batches' own.
+
+    Raises:
+        ModelError: the model has no batch norm with running statistics, or does not run on the data.
+    """
+    norms = [m for m in request.model.modules() if isinstance(m, NORMS) and m.track_running_stats]
+    if not norms:
+        raise ModelError(f"{type(request.model).__name__} has no batch norm to re-estimate; use --recover finetune")
+    data = request.data.sample(settings.batches * settings.batch, request.seed)
+    batches = [batch for batch in data.batches(settings.batch) if batch.samples > 1]
+    with evaluating(request.model), _averaging(norms):
         for batch in track(batches, request.progress, "batch-norm statistics"):
-            forward(request.model, batch.to(device_of(request.model)))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+            logits(request.model, batch)
     return {"norms": float(len(norms)), "samples": float(len(data))}
 
 
