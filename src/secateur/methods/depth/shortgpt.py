@@ -99,6 +99,11 @@ def influences(task: Task, stack: Stack) -> tuple[Tensor, Tensor]:
                 continue
             values, entering, leaving = [], [], []
             for before, after in visit.flow():
+                if before.dim() != 3:
+                    raise ModelError(
+                        f"block '{visit.name}' passes on a state of shape {list(before.shape)}; block influence is "
+                        "defined for [samples, tokens, features], as in transformers"
+                    )
                 if before.shape != after.shape:
                     raise ModelError(
                         f"block '{visit.name}' turns {list(before.shape)} into {list(after.shape)}; "
