@@ -6,6 +6,7 @@ import importlib
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from math import isnan
 from typing import Any
 
 from secateur.core.errors import UnknownNameError
@@ -138,6 +139,7 @@ def _judged(expectation: Expectation, seeds: list[int], samples: list[Sample]) -
     controls = {"baseline": mean([s.baseline for s in samples]), "random": mean([s.random for s in samples])}
     must_fail = controls if expectation.control == "both" else {expectation.control: controls[expectation.control]}
     ends = interval(values)
+    defined = not any(map(isnan, must_fail.values()))  # a control without a value has not failed
     return Claim(
         quantity=expectation.quantity,
         value=mean(values),
@@ -148,5 +150,5 @@ def _judged(expectation: Expectation, seeds: list[int], samples: list[Sample]) -
         control=expectation.control,
         seeds=seeds,
         values=values,
-        passed=expectation.met_by(mean(values)) and not any(map(expectation.met_by, must_fail.values())),
+        passed=expectation.met_by(mean(values)) and defined and not any(map(expectation.met_by, must_fail.values())),
     )
