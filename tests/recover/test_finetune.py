@@ -176,6 +176,18 @@ def test_finetune_is_its_seed_s():
     assert not torch.equal(first["0.weight"], other["0.weight"])
 
 
+def test_dropout_is_the_seed_s_too():
+    """All samples are alike, so that the order of the data says nothing."""
+    data = Dataset("alike", DataKind.IMAGE, torch.ones(8, 6), torch.zeros(8, dtype=torch.int64))
+    results = []
+    for seed in (0, 0, 1):
+        model, plan = pruned(sparsity=0.3)
+        finetune(model, plan, seed=seed, data=data, steps=3)
+        results.append(model[3].weight.detach())
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
 def test_finetune_leaves_the_global_generator_alone():
     model, plan = pruned()
     torch.manual_seed(5)
