@@ -39,6 +39,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/build.py --check
 
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow --timeout 1800

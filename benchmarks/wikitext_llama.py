@@ -9,6 +9,7 @@ seeds; magnitude and random are the baseline and the control.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,10 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 BUDGETS: list[dict[str, Any]] = [{"sparsity": s} for s in (0.3, 0.5, 0.6, 0.7)] + [{"pattern": "2:4"}]
 
 
+def spread(values: list[float]) -> str:
+    return f"{sum(values) / len(values):9.2f}  ({min(values):.2f} to {max(values):.2f})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
@@ -40,8 +45,6 @@ def main() -> None:
     args = parser.parse_args()
     opened = sc.open_model(args.model, dtype="float32")
     tokenizer = open_tokenizer(opened)
-    from pathlib import Path
-
     documents, held_out = read_documents(Path(args.valid)), read_documents(Path(args.test))
     windows = evaluation_windows(tokenize("\n\n".join(held_out), tokenizer), 256, 120)
     evaluation = Dataset("test", DataKind.TEXT, windows)
@@ -55,14 +58,12 @@ def main() -> None:
     print(f"dense: {perplexity(opened.model, evaluation).value:.2f}")
     for name, (method, options) in ROWS.items():
         for budget in BUDGETS:
-            if "spread" in options and "pattern" in budget:
-                options = {key: value for key, value in options.items() if key != "spread"}
             found = [score(method, seed, **options, **budget) for seed in range(args.seeds)]
-            mean = sum(found) / len(found)
-            print(f"{name:16s} {next(iter(budget.values()))!s:4s} {mean:9.2f}  ({min(found):.2f} to {max(found):.2f})", flush=True)
+            asked = next(iter(budget.values()))
+            print(f"{name:16s} {asked!s:4s} {spread(found)}", flush=True)
     for blocks in (1, 2):
         found = [score("shortgpt", seed, sparsity=blocks / 6 + 1e-6) for seed in range(args.seeds)]
-        print(f"shortgpt, {blocks} of 6  {sum(found) / len(found):9.2f}  ({min(found):.2f} to {max(found):.2f})")
+        print(f"shortgpt, {blocks} of 6   {spread(found)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Write docs/methods.md from the catalogue: the table, and each method's formula, settings and tags.
 
-    python docs/build.py          write it
-    python docs/build.py --check  exit 1 if it is out of date
+python docs/build.py          write it
+python docs/build.py --check  exit 1 if it is out of date
 """
 
 from __future__ import annotations
@@ -40,7 +40,15 @@ def method(entry: dict[str, Any]) -> list[str]:
 def page() -> str:
     entries = [found.to_json() for found in sc.methods().values()]
     rows = [
-        [f"[{e['name']}](#{e['name']})", e["paper"], e["units"], e["kind"], e["needs_data"], e["patterns"], e["formula"]]
+        [
+            f"[{e['name']}](#{e['name']})",
+            e["paper"],
+            e["units"],
+            e["kind"],
+            e["needs_data"],
+            e["patterns"],
+            e["formula"],
+        ]
         for e in entries
     ]
     lines = ["# Methods", "", "Written by `make docs` from the methods' own metadata; do not edit.", ""]
@@ -60,7 +68,9 @@ def page() -> str:
 def main() -> None:
     text = page()
     if "--check" in sys.argv:
-        sys.exit(0 if PAGE.exists() and PAGE.read_text(encoding="utf-8") == text else f"{PAGE} is out of date: make docs")
+        sys.exit(
+            0 if PAGE.exists() and PAGE.read_text(encoding="utf-8") == text else f"{PAGE} is out of date: make docs"
+        )
     PAGE.write_text(text, encoding="utf-8")
 
 
