@@ -45,14 +45,8 @@ def timed(work: Callable[[], object]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name, default in (
-        ("hidden", 768),
-        ("layers", 6),
-        ("sequences", 32),
-        ("length", 512),
-        ("rounds", 3),
-        ("batch", 8),
-    ):
+    defaults = {"hidden": 768, "layers": 6, "sequences": 32, "length": 512, "rounds": 3, "batch": 8}
+    for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     model = build(args.hidden, args.layers)
