@@ -39,18 +39,8 @@ def method(entry: dict[str, Any]) -> list[str]:
 
 def page() -> str:
     entries = [found.to_json() for found in sc.methods().values()]
-    rows = [
-        [
-            f"[{e['name']}](#{e['name']})",
-            e["paper"],
-            e["units"],
-            e["kind"],
-            e["needs_data"],
-            e["patterns"],
-            e["formula"],
-        ]
-        for e in entries
-    ]
+    columns = ("paper", "units", "kind", "needs_data", "patterns", "formula")
+    rows = [[f"[{e['name']}](#{e['name']})", *(e[column] for column in columns)] for e in entries]
     lines = ["# Methods", "", "Written by `make docs` from the methods' own metadata; do not edit.", ""]
     lines += table(["name", "paper", "unit", "kind", "needs data", "N:M", "rule"], rows)
     for entry in entries:
@@ -68,9 +58,8 @@ def page() -> str:
 def main() -> None:
     text = page()
     if "--check" in sys.argv:
-        sys.exit(
-            0 if PAGE.exists() and PAGE.read_text(encoding="utf-8") == text else f"{PAGE} is out of date: make docs"
-        )
+        current = PAGE.exists() and PAGE.read_text(encoding="utf-8") == text
+        sys.exit(0 if current else f"{PAGE} is out of date: make docs")
     PAGE.write_text(text, encoding="utf-8")
 
 

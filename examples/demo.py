@@ -63,13 +63,12 @@ def row(dense: dict, pruned: dict, record: dict) -> list[str]:
         sys.exit(f"the reloaded model scores {found}, the saved one scored {reported['value']}")
     unit = "%" if scale == 100 else " ppl"
     sizes = record["sizes"]["file_bytes"]
-    pairs = [
+    return [
         f"{dense['quality']['value'] * scale:.2f} -> {found:.2f}{unit}",
         *(f"{dense[key]:,} -> {pruned[key]:,}" for key in ("parameters", "nonzeros", "flops")),
         f"{dense['latency']['16']['median']:.1f} -> {pruned['latency']['16']['median']:.1f}",
         f"{sizes['before']:,} -> {sizes['after']:,}",
     ]
-    return pairs
 
 
 if __name__ == "__main__":
