@@ -131,22 +131,18 @@ def reference_floor(
     def total() -> float:
         return sum(sizes[name] * value for name, value in refined.items()) / everything
 
-    def scale_and_clamp() -> bool:
+    def scale_and_clamp() -> None:
         factor = target / total() if total() else 1.0
-        clamped = False
         for name, value in refined.items():
             refined[name] = value * factor
             if sizes[name] > minimum and (1 - value * factor) * sizes[name] < minimum:
-                refined[name], clamped = 1 - minimum / sizes[name], True
-        return clamped
+                refined[name] = 1 - minimum / sizes[name]
 
-    if scale_and_clamp():
-        for _ in range(1000):
-            if total() >= target - 1e-12:
-                return refined
-            scale_and_clamp()
-        raise BudgetError(
-            f"sparsity {target:g} with a minimum of {minimum} weights per layer cannot be reached; "
-            f"the highest is {total():.6g}"
-        )
-    return refined
+    for _ in range(1000):
+        scale_and_clamp()
+        if total() >= target - 1e-12:
+            return refined
+    raise BudgetError(
+        f"sparsity {target:g} with a minimum of {minimum} weights per layer cannot be reached; "
+        f"the highest is {total():.6g}"
+    )
