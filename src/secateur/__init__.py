@@ -52,22 +52,22 @@ _HOMES = {
     "load": "shrink.load",
     "masked": "shrink.apply",
     "measure_together": "measure",
-    "methods": "api",
     "open_data": "io.data",
     "open_model": "io.models",
     "plan": "api",
     "prune": "lab.prune",
     "save": "shrink.save",
 }
+ROOMS = ("measure", "methods")  # rooms that can be called themselves
 
 
 def __getattr__(name: str) -> Any:
-    if name == "measure":  # the room itself, which can be called
-        return import_module("secateur.measure")
+    if name in ROOMS:
+        return import_module(f"secateur.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'secateur' has no attribute '{name}'")
     return getattr(import_module(f"secateur.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*_HOMES, "measure", "__version__"])
+    return sorted([*_HOMES, *ROOMS, "__version__"])

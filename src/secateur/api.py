@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -20,13 +19,10 @@ from secateur.core.seeding import seeded
 from secateur.data.batches import as_batches
 from secateur.data.dataset import Dataset
 from secateur.data.running import evaluating
+from secateur.methods import methods
 from secateur.shrink.apply import stamp
 
-
-@cache
-def methods() -> dict[str, Method]:
-    """The catalogue: name -> method, third parties' included."""
-    return catalogue.collect("secateur.methods")
+__all__ = ["find_method", "methods", "plan"]
 
 
 def find_method(name: str) -> Method:

@@ -13,7 +13,7 @@ from torch import nn
 from secateur import zoo
 from secateur.core.errors import MissingExtraError, ModelError, SettingsError, UnknownNameError
 from secateur.shrink.folder import CARD, CONFIG, OWN, read_config
-from secateur.shrink.load import load, load_weights, resolve_factory
+from secateur.shrink.load import build, load, load_weights
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "tokenizer*"]
@@ -66,10 +66,26 @@ def open_model(
     if dtype is not None and dtype not in DTYPES:
         raise UnknownNameError("dtype", dtype, DTYPES)
     try:
-        opened.model.to(device=torch.device(device), dtype=DTYPES[dtype] if dtype else None)
+        opened.model.to(torch.device(device))
+        if dtype is not None:
+            _cast(opened.model, DTYPES[dtype])
     except (RuntimeError, AssertionError) as error:
         raise SettingsError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from error
     return opened
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Convert what a file would hold; transformers makes its other buffers, in float32, when it loads.
+
+    A plain module's buffers are all converted, as its loader does.
+    """
+    if not hasattr(model, "save_pretrained"):
+        model.to(dtype)
+        return
+    stored = model.state_dict().keys()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in stored and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
 
 
 def _open(name: str, weights: str | Path | None, trust_factory: bool) -> OpenedModel:
@@ -81,9 +97,7 @@ def _open(name: str, weights: str | Path | None, trust_factory: bool) -> OpenedM
     if folder.exists():
         return _open_folder(folder, name, trust_factory)
     if ":" in name:
-        model = resolve_factory(name)()
-        if not isinstance(model, nn.Module):
-            raise ModelError(f"the factory '{name}' returned {type(model).__name__}, not a torch module")
+        model = build(name)
         if weights is not None:
             load_weights(model, Path(weights))
         return OpenedModel(model.eval(), name, factory=name)

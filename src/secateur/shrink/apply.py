@@ -9,10 +9,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from secateur.core.errors import PlanError
 from secateur.core.fingerprint import digests
 from secateur.core.plan import Plan
 from secateur.core.units import UnitKind
-from secateur.shrink.depth import Undo, kept_list, remove_blocks_
+from secateur.shrink.depth import Undo, blocks_of, kept_list, remove_blocks_
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -34,6 +35,16 @@ def stamp(model: nn.Module, plan: Plan) -> None:
     """Record in the plan which model it was made on and what its weights become."""
     plan.planned_on = digests(dict(model.named_parameters()))
     plan.applied = digests({name: value for name, _, value in changed_weights(model, plan)})
+
+
+def _check(model: nn.Module, plan: Plan, other_weights: bool) -> None:
+    """Refuse before anything is changed what does not fit anywhere in the plan."""
+    plan.check_model(dict(model.named_parameters()), other_weights)
+    for name, site in plan.sites.items():
+        if site.kind is UnitKind.BLOCK:
+            blocks_of(model, name, site.units)
+        elif site.kind is not UnitKind.WEIGHT:
+            raise PlanError(f"'{name}' holds units of the kind {site.kind}; only weights and blocks can be applied")
 
 
 def _remove_blocks(model: nn.Module, plan: Plan) -> list[Undo]:
@@ -59,7 +70,7 @@ def masked(model: M, plan: Plan, other_weights: bool = False) -> Iterator[M]:
     Raises:
         PlanError: the plan belongs to another model; nothing was changed.
     """
-    plan.check_model(dict(model.named_parameters()), other_weights)
+    _check(model, plan, other_weights)
     originals = []
     undo: list[Undo] = []
     try:
@@ -91,9 +102,12 @@ def apply_(model: M, plan: Plan, other_weights: bool = False) -> M:
     Raises:
         PlanError: the plan belongs to another model; nothing was changed.
     """
-    plan.check_model(dict(model.named_parameters()), other_weights)
+    _check(model, plan, other_weights)
     with torch.no_grad():
         for _, parameter, value in changed_weights(model, plan):
             parameter.copy_(value)
+    if plan.planned_on and not plan.applied and not other_weights:
+        # combined from plans that each knew only their own result
+        plan.applied = digests({name: value for name, _, value in changed_weights(model, plan)})
     _remove_blocks(model, plan)
     return model

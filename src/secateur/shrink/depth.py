@@ -32,19 +32,29 @@ def remove_blocks_(model: nn.Module, stack: str, keep: Sequence[bool]) -> Undo:
         PlanError: no such list, or it has another number of blocks.
     """
     parent_name, _, leaf = stack.rpartition(".")
-    try:
-        blocks = model.get_submodule(stack)
-    except AttributeError:
-        raise PlanError(f"the model has no list of blocks named '{stack}'") from None
-    if not isinstance(blocks, (nn.ModuleList, nn.Sequential)) or len(blocks) != len(keep):
-        found = len(blocks) if isinstance(blocks, (nn.ModuleList, nn.Sequential)) else "no"
-        raise PlanError(f"'{stack}' has {found} blocks, the plan was made for {len(keep)}; was it applied already?")
+    blocks = blocks_of(model, stack, len(keep))
     kept = [index for index, stays in enumerate(keep) if stays]
     changes = [(model.get_submodule(parent_name), leaf, type(blocks)(*_arguments(blocks, kept)))]
     for new, old in enumerate(kept):
         changes += _renumbered(blocks[old], old, new)
     changes += _config_changes(model, stack, keep)
     return _set_all(changes)
+
+
+def blocks_of(model: nn.Module, stack: str, count: int) -> nn.ModuleList | nn.Sequential:
+    """The module list of that name.
+
+    Raises:
+        PlanError: no such list, or it does not have `count` blocks.
+    """
+    try:
+        blocks = model.get_submodule(stack)
+    except AttributeError:
+        raise PlanError(f"the model has no list of blocks named '{stack}'") from None
+    if not isinstance(blocks, (nn.ModuleList, nn.Sequential)) or len(blocks) != count:
+        found = len(blocks) if isinstance(blocks, (nn.ModuleList, nn.Sequential)) else "no"
+        raise PlanError(f"'{stack}' has {found} blocks, the plan was made for {count}; was it applied already?")
+    return blocks
 
 
 def _arguments(blocks: nn.ModuleList | nn.Sequential, kept: list[int]) -> list[Any]:

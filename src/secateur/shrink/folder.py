@@ -88,8 +88,10 @@ def check_weights(folder: Path) -> list[Path]:
     Raises:
         ModelError: pickle only, or a shard that is missing, truncated, corrupt or without a promised tensor.
     """
-    if (folder / INDEX).exists():
-        promised = read_config(folder, INDEX).get("weight_map", {})
+    if (folder / INDEX).exists() and not (folder / WEIGHTS).exists():  # the single file wins, as in transformers
+        promised = read_config(folder, INDEX).get("weight_map")
+        if not isinstance(promised, dict) or not all(isinstance(name, str) for name in promised.values()):
+            raise ModelError(f"'{folder / INDEX}' has no map from tensors to files; fetch the file again")
         shards = sorted({folder / name for name in promised.values()})
     else:
         promised, shards = {}, [folder / WEIGHTS]

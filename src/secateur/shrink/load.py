@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
-from secateur.core.errors import ModelError, UnknownNameError
+from secateur.core.errors import ModelError, PlanError, SecateurError, UnknownNameError
 from secateur.shrink.depth import remove_blocks_
 from secateur.shrink.folder import CARD, CONFIG, OWN, WEIGHTS, check_weights, quiet_transformers, read_config
 
-TRUSTED = "secateur."
+TRUSTED = "secateur.zoo."
 
 
 def load(folder: str | Path, factory: Callable[[], nn.Module] | None = None, trust_factory: bool = False) -> nn.Module:
@@ -38,13 +39,19 @@ def load(folder: str | Path, factory: Callable[[], nn.Module] | None = None, tru
         raise ModelError(f"'{folder}' is no folder")
     if (folder / CONFIG).exists():
         return load_transformers(folder)
+    if not (folder / OWN / CARD).exists():
+        raise ModelError(f"'{folder}' is no model folder: it has neither {CONFIG} nor {OWN}/{CARD}")
     card = read_config(folder / OWN, CARD)
-    module = (factory or _recorded_factory(folder, card, trust_factory))()
-    if not isinstance(module, nn.Module):
-        raise ModelError(f"the factory of '{folder}' returned {type(module).__name__}, not a torch module")
+    if factory is None:
+        module = build(_recorded_factory(folder, card, trust_factory))
+    else:
+        module = _built(factory, f"of '{folder}'")
     for step in removed_blocks(folder):
         for stack, keep in step.items():
-            remove_blocks_(module, stack, keep)
+            try:
+                remove_blocks_(module, stack, keep)
+            except PlanError as error:
+                raise ModelError(f"the factory of '{folder}' does not fit its removed blocks: {error}") from error
     return load_weights(module, folder / WEIGHTS).eval()
 
 
@@ -53,11 +60,13 @@ def removed_blocks(folder: Path) -> list[dict[str, list[bool]]]:
     if not (folder / OWN / CARD).exists():
         return []
     found: list[dict[str, list[bool]]] = read_config(folder / OWN, CARD).get("removed_blocks", [])
+    if not (isinstance(found, list) and all(isinstance(step, dict) for step in found)):
+        raise ModelError(f"'{folder / OWN / CARD}' has no list of removed blocks; prune the model again")
     return found
 
 
 def load_weights(module: nn.Module, file: Path) -> nn.Module:
-    """Fill a module from one safetensors file; every name and shape must fit.
+    """Fill a module from one safetensors file; every name and shape must fit, dtypes become the file's.
 
     Raises:
         ModelError: the file is missing or damaged, or the first name or shape that differs.
@@ -76,13 +85,26 @@ def load_weights(module: nn.Module, file: Path) -> nn.Module:
             raise ModelError(f"'{file}' has '{name}', which {type(module).__name__} has not; use the matching factory")
         if own[name].shape != tensor.shape:
             raise ModelError(f"'{name}' is {list(tensor.shape)} in '{file}' and {list(own[name].shape)} in the model")
+        if own[name].is_floating_point() != tensor.is_floating_point():
+            raise ModelError(f"'{name}' is {tensor.dtype} in '{file}' and {own[name].dtype} in the model")
+    _take_dtypes(module, state)
     missing, _ = module.load_state_dict(state, strict=False)
-    shared = {id(tensor) for name, tensor in own.items() if name in state}  # tied tensors are stored once
-    storage = {own[name].data_ptr() for name in state}
-    absent = [name for name in missing if id(own[name]) not in shared and own[name].data_ptr() not in storage]
+    own = module.state_dict()
+    storage = {own[name].data_ptr() for name in state}  # tied tensors are stored once
+    absent = [name for name in missing if own[name].data_ptr() not in storage]
     if absent:
         raise ModelError(f"'{file}' lacks '{absent[0]}'; use the weights of the same model")
     return module
+
+
+def _take_dtypes(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Give the module the file's dtypes; buffers that no file holds follow where all the others agree."""
+    floats = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    if len(floats) == 1:
+        module.to(floats.pop())
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name in state:
+            tensor.data = tensor.data.to(state[name].dtype)
 
 
 def load_transformers(folder: Path) -> nn.Module:
@@ -92,28 +114,47 @@ def load_transformers(folder: Path) -> nn.Module:
         ModelError: damaged or missing weights, unknown class, tensors missing or of other shapes.
     """
     config = read_config(folder)
-    names = config.get("architectures") or []
     if quantised := config.get("quantization_config"):
-        raise ModelError(f"'{folder}' is quantised ({quantised.get('quant_method')}); start from the dense checkpoint")
+        kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise ModelError(f"'{folder}' is quantised ({kind}); start from the dense checkpoint")
     check_weights(folder)
-    import transformers
-
-    found = getattr(transformers, names[0], None) if names else None
-    if found is None:
-        raise ModelError(f"'{folder}': transformers {transformers.__version__} has no class {names or '(none named)'}")
+    found = _model_class(folder, config)
     try:
         with quiet_transformers():
-            model, info = found.from_pretrained(folder, use_safetensors=True, output_loading_info=True, dtype="auto")
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"'{folder}' cannot be loaded as {names[0]}: {str(error).splitlines()[0]}") from error
-    wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    if wrong:
-        raise ModelError(f"'{folder}' does not hold the tensor '{wrong[0]}' as {names[0]} needs it")
+            model, info = found.from_pretrained(
+                folder, use_safetensors=True, output_loading_info=True, dtype="auto", ignore_mismatched_sizes=True
+            )
+    except Exception as error:
+        # a damaged config can make a model class raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"'{folder}' cannot be loaded as {found.__name__}: {reason}") from error
+    if info["mismatched_keys"]:
+        name, stored, needed = min(info["mismatched_keys"], key=str)
+        raise ModelError(f"'{folder}' holds '{name}' as {list(stored)}, its {CONFIG} needs {list(needed)}")
+    if info["missing_keys"]:
+        raise ModelError(f"'{folder}' lacks the tensor '{min(info['missing_keys'])}' that {found.__name__} needs")
+    if info["unexpected_keys"]:
+        name = min(info["unexpected_keys"])
+        warnings.warn(f"'{folder}' holds '{name}', which {found.__name__} does not use", stacklevel=2)
     loaded: nn.Module = model.eval()
     return loaded
 
 
-def _recorded_factory(folder: Path, card: dict[str, Any], trust: bool) -> Callable[[], nn.Module]:
+def _model_class(folder: Path, config: dict[str, Any]) -> Any:
+    """The transformers class that the config names."""
+    import transformers
+
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else names
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise ModelError(
+            f"'{folder}': transformers {transformers.__version__} has no model class {name or '(none named)'}"
+        )
+    return found
+
+
+def _recorded_factory(folder: Path, card: dict[str, Any], trust: bool) -> str:
     path = card.get("factory")
     if not path:
         raise ModelError(f"'{folder}' was saved without a factory; load it with factory=...")
@@ -122,7 +163,28 @@ def _recorded_factory(folder: Path, card: dict[str, Any], trust: bool) -> Callab
             f"'{folder}' is built by '{path}', which would be imported and run; give factory=... or allow it with "
             "trust_factory=True (--trust-factory)"
         )
-    return resolve_factory(path)
+    return str(path)
+
+
+def build(path: str) -> nn.Module:
+    """The module that the factory `module.path:name` makes.
+
+    Raises:
+        ModelError: it cannot be imported, fails, or returns something else.
+    """
+    return _built(resolve_factory(path), f"'{path}'")
+
+
+def _built(factory: Callable[[], nn.Module], name: str) -> nn.Module:
+    try:
+        module = factory()
+    except SecateurError:
+        raise
+    except Exception as error:
+        raise ModelError(f"the factory {name} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(module, nn.Module):
+        raise ModelError(f"the factory {name} returned {type(module).__name__}, not a torch module")
+    return module
 
 
 def resolve_factory(path: str) -> Callable[[], nn.Module]:
@@ -132,14 +194,16 @@ def resolve_factory(path: str) -> Callable[[], nn.Module]:
         ModelError: the module cannot be imported or has no such callable.
     """
     module_name, colon, name = path.partition(":")
-    if not colon:
+    if not (colon and module_name and name):
         raise ModelError(f"'{path}' is not of the form module.path:factory")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ModelError(f"cannot import '{module_name}' of the factory '{path}': {error}") from error
+    except Exception as error:
+        # the user's own module runs here and may fail in any way
+        reason = f"{type(error).__name__}: {error}"
+        raise ModelError(f"cannot import '{module_name}' of the factory '{path}': {reason}") from error
     factory = getattr(module, name, None)
     if not callable(factory):
         known = [found for found, value in vars(module).items() if callable(value)]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from secateur.core.errors import ModelError, OutputError
+from secateur.core.errors import OutputError, SecateurError
 from secateur.core.files import check_free, whole_folder, write_json
 from secateur.core.method import Batch
 from secateur.core.plan import Plan, versions
@@ -51,7 +51,7 @@ def save(
         factory: `module.path:name` that builds the unpruned module.
         data: the data set to measure the model on later, noted in the card.
         probe: inputs for the comparison; for transformers models made up where possible.
-        verify: reload and compare logits (at most 1e-5 apart); without a probe, all tensors.
+        verify: reload and compare all tensors and, where there is a probe, the logits (at most 1e-5 apart).
         force: replace an existing folder.
         extend: called with the temporary folder at the end, to add more files.
 
@@ -97,14 +97,16 @@ def _card(model: nn.Module, plan: Plan | None, source: str | Path | None, factor
 
 
 def _save_transformers(model: Any, folder: Path, plan: Plan | None, source: str | Path | None) -> None:
-    section = summary(plan) if plan is not None else None
-    if section is not None:
-        model.config.secateur = section
+    before = getattr(model.config, "secateur", None)
+    if plan is not None:
+        model.config.secateur = summary(plan)
     try:
         with quiet_transformers():
             model.save_pretrained(folder)
     finally:
-        if section is not None:
+        if before is not None:
+            model.config.secateur = before
+        elif plan is not None:
             del model.config.secateur
     origin = Path(source or model.name_or_path or "")
     if str(origin) != "." and origin.is_dir():
@@ -133,14 +135,24 @@ def verify_folder(model: nn.Module, folder: Path, factory: str | None, probe: Ba
     """
     try:
         again = load(folder, trust_factory=factory is not None)
-    except ModelError as error:
+    except SecateurError as error:
         raise OutputError(f"the saved model does not reload: {error} (--no-verify saves it all the same)") from error
     again.to(device_of(model))
     probe = probe or make_probe(model)
     with evaluating(model):
-        worst = _tensor_gap(model, again) if probe is None else _logit_gap(model, again, probe)
-    if not worst <= TOLERANCE:
-        raise OutputError(f"the saved model gives other results after reloading (largest difference {worst:.3g})")
+        gaps = [_tensor_gap(model, again), *([_logit_gap(model, again, probe)] if probe else [])]
+    if not all(gap <= TOLERANCE for gap in gaps):  # NaN is above too
+        reason = f"largest difference {max(gaps):.3g}{_cast_buffer(model, again)}"
+        raise OutputError(f"the saved model gives other results after reloading ({reason})")
+
+
+def _cast_buffer(model: nn.Module, again: nn.Module) -> str:
+    """A hint where a model was cast as a whole: files do not hold every buffer, loading makes them as they were."""
+    fresh = dict(again.named_buffers())
+    for name, buffer in model.named_buffers():
+        if name in fresh and fresh[name].dtype != buffer.dtype:
+            return f"; buffer '{name}' was cast to {buffer.dtype}: load the model in that dtype instead of casting it"
+    return ""
 
 
 def _logit_gap(model: nn.Module, again: nn.Module, probe: Batch) -> float:
