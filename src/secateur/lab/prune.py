@@ -60,6 +60,8 @@ class Job:
         """The budget that the flags say."""
         if (self.sparsity is None) == (self.pattern is None):
             raise BudgetError("give either --sparsity or --pattern")
+        if self.pattern is not None and self.minimum:
+            raise BudgetError("--minimum goes with --sparsity; an N:M pattern fixes what every layer keeps")
         if self.pattern is not None:
             return Budget.nm(Pattern.parse(self.pattern))
         assert self.sparsity is not None
@@ -68,18 +70,20 @@ class Job:
     def command(self, out: str) -> str:
         """The command line that makes this result again."""
         words = ["secateur", "prune", self.model, "--method", self.method]
-        words += ["--sparsity", f"{self.sparsity:g}"] if self.sparsity is not None else []
+        words += ["--sparsity", repr(self.sparsity)] if self.sparsity is not None else []
         words += ["--pattern", self.pattern] if self.pattern is not None else []
         words += ["--minimum", str(self.minimum)] if self.minimum else []
         words += ["--data", self.data] if self.data else []
-        words += ["--samples", str(self.samples)] if self.samples else []
+        words += ["--samples", str(self.samples)] if self.samples is not None else []
         words += [w for key, value in self.settings.items() for w in ("--set", f"{key}={value}")]
-        words += [w for name in self.include if name != "*" for w in ("--include", name)]
+        words += [w for name in self.include if self.include != ("*",) for w in ("--include", name)]
         words += [w for name in self.exclude for w in ("--exclude", name)]
         words += ["--recover", self._recover_word()] if self.recover else []
         words += ["--weights", self.weights] if self.weights else []
         words += ["--device", self.device] if self.device != "cpu" else []
         words += ["--dtype", self.dtype] if self.dtype else []
+        words += ["--trust-factory"] if self.trust_factory else []
+        words += [] if self.verify else ["--no-verify"]
         return shlex.join([*words, "--seed", str(self.seed), "--out", out])
 
     def _recover_word(self) -> str:
@@ -105,6 +109,8 @@ def prepare(job: Job) -> Prepared:
     method = api.find_method(job.method)
     method.configure(dict(job.settings))
     _ = job.budget
+    if job.samples is not None and job.samples < 1:
+        raise DataError(f"--samples must be 1 or more, got {job.samples}")
     recovery = recover.find(job.recover) if job.recover else None
     if recovery:
         recovery.configure(job.recover_settings)
@@ -113,7 +119,7 @@ def prepare(job: Job) -> Prepared:
     if data is None and (method.needs_data or recovery):
         needs = method.name if method.needs_data else job.recover
         raise DataError(f"{needs} needs data and '{job.model}' has none of its own; give --data")
-    samples = job.samples or default_samples(opened)
+    samples = default_samples(opened) if job.samples is None else job.samples
     splits = open_data(data, opened, job.seed, samples) if data else None
     return Prepared(job, opened, method, recovery, data, samples, splits)
 

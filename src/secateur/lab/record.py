@@ -18,7 +18,7 @@ from secateur.report import record as parts
 from secateur.report.record import Record
 
 if TYPE_CHECKING:
-    from secateur.lab.prune import Prepared
+    from secateur.lab.prune import Job, Prepared
 
 ZEROS = (
     "Zeros alone make the model neither smaller nor faster: shapes, FLOPs and files stay dense. Only a sparse format "
@@ -98,14 +98,35 @@ def asked(budget: Budget) -> str:
 def snippet(prepared: Prepared) -> str:
     """The same plan in Python."""
     job = prepared.job
-    budget = f'pattern="{job.pattern}"' if job.pattern else f"sparsity={job.sparsity:g}"
-    settings = "".join(f", {key}={value!r}" for key, value in job.settings.items())
-    calibration = ", data=data.calibration" if prepared.data else ""
-    lines = ["import secateur as sc", f'opened = sc.open_model("{job.model}")']
+    lines = ["import secateur as sc", f"opened = sc.open_model({_call(job.model, **_opening(job))})"]
     if prepared.data:
-        lines.append(f'data = sc.open_data("{prepared.data}", opened, seed={job.seed}, samples={prepared.samples})')
-    arguments = f'method="{job.method}", {budget}{calibration}, seed={job.seed}{settings}'
-    return "\n".join([*lines, f"plan = sc.plan(opened.model, {arguments})", "sc.apply_(opened.model, plan)"])
+        sampling = _call(seed=job.seed, samples=prepared.samples)
+        lines.append(f"data = sc.open_data({prepared.data!r}, opened, {sampling})")
+    words = [_call(method=job.method), _budget_word(job)]
+    words += ["data=data.calibration"] if prepared.data else []
+    words += [_call(seed=job.seed, **job.settings)]
+    words += [_call(include=job.include)] if job.include != ("*",) else []
+    words += [_call(exclude=job.exclude)] if job.exclude else []
+    return "\n".join([*lines, f"plan = sc.plan(opened.model, {', '.join(words)})", "sc.apply_(opened.model, plan)"])
+
+
+def _budget_word(job: Job) -> str:
+    if job.pattern is not None:
+        return _call(pattern=job.pattern)
+    if job.minimum:
+        return f"budget=sc.Budget({job.sparsity!r}, floor={job.minimum})"
+    return _call(sparsity=job.sparsity)
+
+
+def _opening(job: Job) -> dict[str, Any]:
+    """The arguments of `open_model` that differ from its defaults."""
+    defaults = {"weights": None, "device": "cpu", "dtype": None, "trust_factory": False}
+    return {name: getattr(job, name) for name, default in defaults.items() if getattr(job, name) != default}
+
+
+def _call(*positional: Any, **named: Any) -> str:
+    """Arguments as they stand in a call."""
+    return ", ".join([*map(repr, positional), *(f"{name}={value!r}" for name, value in named.items())])
 
 
 def _quality(outcome: Outcome) -> parts.Quality:
