@@ -120,3 +120,16 @@ def test_counts_per_site():
     masks = keep_counts({"a": torch.tensor([[1.0, 3.0], [2.0, 1.0]]), "b": torch.tensor([5.0])}, {"a": 2, "b": 0})
     assert masks["a"].tolist() == [[False, True], [True, False]]
     assert masks["b"].tolist() == [False]
+
+
+@pytest.mark.parametrize("spread", list(Spread))
+def test_the_floor_holds_for_every_spread(spread):
+    sites = {"big": Site("big", UnitKind.WEIGHT, (20, 20)), "small": Site("small", UnitKind.WEIGHT, (2, 3))}
+    scores = {"big": torch.ones(20, 20), "small": torch.zeros(2, 3)}
+
+    def kept(floor):
+        return [int(mask.sum()) for mask in choose(scores, sites, Budget(0.9, floor=floor), spread).values()]
+
+    assert kept(6) == [35, 6]
+    assert kept(0)[1] < 6
+    assert sum(kept(0)) == 41

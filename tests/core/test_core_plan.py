@@ -261,12 +261,12 @@ def test_and_leaves_its_operands_alone_and_joins_the_rest():
     assert list(merged.weights) == ["a.weight"]
 
 
-def test_a_site_of_only_one_plan_is_not_shared_memory():
-    a, b = plan_of(1, ["a.weight"]), plan_of(2, ["blocks"])
-    merged = a & b
-    kept = a.masks["a.weight"].clone()
-    merged.masks["a.weight"].zero_()
-    assert torch.equal(a.masks["a.weight"], kept)
+def test_combined_plans_share_no_memory_with_their_parts():
+    parts = plan_of(1, ["a.weight"]), plan_of(2, ["blocks"])
+    kept = [mask.clone() for part in parts for mask in part.masks.values()]
+    for mask in (parts[0] & parts[1]).masks.values():
+        mask.zero_()
+    assert all(map(torch.equal, kept, [parts[0].masks["a.weight"], parts[1].masks["blocks"]]))
 
 
 def test_and_refuses_what_does_not_combine():

@@ -671,18 +671,18 @@ def test_a_later_batch_that_does_not_run_gives_its_shapes_too():
 
 
 def test_arguments_that_are_not_per_sample_are_not_cut_by_the_probe():
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc = nn.Linear(4, 2)
-
+    class Scaled(stack_models.TimmLikeViT):
         def forward(self, x, scale):
-            assert scale.shape == (4,)
-            return self.fc(x * scale)
+            assert scale.shape == (8,)
+            return super().forward(x * scale)
 
-    with BlockWalk(task_for(Scaled(), [Batch((torch.ones(3, 4),), {"scale": torch.arange(4.0)})])) as walk:
-        stats = next(iter(walk)).observe(SecondMoment)
-    assert stats["fc.weight"].value.tolist() == [0, 1, 4, 9]
+    torch.manual_seed(0)
+    model, batches = Scaled(), [Batch((torch.randn(3, 3, 8, 8),), {"scale": torch.arange(8.0)})]
+    expected = block_outputs(model, batches, ["blocks.2"])["blocks.2"]
+    with BlockWalk(task_for(model, batches)) as walk:
+        outputs = [visit.outputs() for visit in walk]
+    assert len(outputs) == 3
+    assert torch.equal(outputs[-1][0], expected[0])
 
 
 # --- progress -----------------------------------------------------------------------------------
