@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from secateur.core import catalogue
 from secateur.core.budget import Budget, Pattern
 from secateur.core.distributed import agreed
-from secateur.core.errors import BudgetError, DataError, ModelError
+from secateur.core.errors import BudgetError, DataError, ModelError, NumericsError
 from secateur.core.fingerprint import data_digest
 from secateur.core.method import Batch, Decision, Method, Protocol, Settings, Task
 from secateur.core.plan import Plan, Provenance, versions
@@ -81,6 +82,7 @@ def plan(
         raise ModelError(f"{entry.name} is no one-shot method (it is a {entry.kind}); it cannot make a plan by itself")
     checked = entry.configure(settings)
     budget = _budget(entry, sparsity, pattern, budget)
+    _refuse_sick(model)
     batches = _calibration(entry, data)
     task = Task(
         model=model,
@@ -120,6 +122,13 @@ def _budget(entry: Method, sparsity: float | None, pattern: str | None, budget: 
     if budget.pattern and not entry.patterns:
         raise BudgetError(f"{entry.name} does not support N:M patterns; give a sparsity")
     return budget
+
+
+def _refuse_sick(model: nn.Module) -> None:
+    """NaN anywhere reaches every later activation: name where it comes from, not where it was noticed."""
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "meta" and not torch.isfinite(parameter.detach()).all():
+            raise NumericsError(f"layer '{name}' has NaN or infinite weights; repair the model before pruning it")
 
 
 def _calibration(entry: Method, data: Any) -> list[Batch]:

@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 
 def main() -> None:
     """Run the command line; errors of the input's making become one sentence and exit code 2."""
-    import click
-
-    from secateur.cli.app import app
     from secateur.core.errors import SecateurError
     from secateur.core.signals import clean_exit_on_signals
 
     clean_exit_on_signals()
     try:
-        code = app(standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        sys.exit(_run())
     except SecateurError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the one place that speaks to stderr
         sys.exit(2)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except KeyboardInterrupt:
         print("stopped: nothing half-written was left behind", file=sys.stderr)  # noqa: T201
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+
+
+def _run() -> int:
+    import typer
+
+    from secateur.cli.app import app
+
+    # typer brings its own click or uses the installed one; its public names lead to the right classes
+    usage_error: Any = typer.BadParameter.__mro__[2]
+    try:
+        code = app(standalone_mode=False)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except usage_error as error:
+        error.show()
+        return int(error.exit_code)
+    return code if isinstance(code, int) else 0

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 LAYERS_SHOWN = 40
 
@@ -21,12 +22,12 @@ def as_json(data: Any) -> None:
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], note: str = "") -> None:
     """A table; numbers are right-aligned."""
     rows = [[str(cell) for cell in row] for row in rows]
-    drawn = Table(title=title, title_justify="left", caption=note or None, caption_justify="left")
+    drawn = Table(title=Text(title), title_justify="left", caption=Text(note) if note else None, caption_justify="left")
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(row[index][:1].isdigit() or row[index][:1] in "-+.~" for row in rows)
         drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*row)
+        drawn.add_row(*map(Text, row))  # as text: brackets in names are no markup
     console().print(drawn)
 
 

@@ -49,9 +49,13 @@ def sweep(parent: Path) -> list[Path]:
 
 def check_free(target: Path, force: bool) -> None:
     """Refuse early, before any long work, to write where something already is."""
-    if target.exists() and not force:
+    try:
+        exists = target.exists()
+    except OSError as error:  # a name that is too long
+        raise OutputError(f"cannot write '{target}': {error.strerror}; choose another --out") from error
+    if exists and not force:
         raise OutputError(f"'{target}' exists already; choose another --out or add --force to replace it")
-    if target.exists() and not target.is_dir():
+    if exists and not target.is_dir():
         raise OutputError(f"'{target}' is a file, not a folder; choose another --out")
 
 

@@ -65,6 +65,10 @@ class Dataset:
         targets = None if self.targets is None else self.targets[indices]
         return replace(self, inputs=self.inputs[indices], targets=targets)
 
+    def to(self, dtype: torch.dtype) -> Dataset:
+        """The same samples with inputs of another floating-point dtype; token ids stay as they are."""
+        return replace(self, inputs=self.inputs.to(dtype)) if self.inputs.is_floating_point() else self
+
     def sample(self, count: int, seed: int) -> Dataset:
         """`count` samples without repetition, drawn with `seed`; all of them if there are fewer."""
         order = torch.randperm(len(self), generator=generator(seed, "sample"))

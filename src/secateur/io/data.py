@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from secateur import zoo
 from secateur.core.errors import UnknownNameError
 from secateur.data.dataset import Splits
 from secateur.data.files import Options, open_file
 from secateur.data.hub import open_hub
 from secateur.data.images import ImageOptions
+from secateur.data.running import dtype_of
 from secateur.io.models import HUB_ID, OpenedModel, open_tokenizer
 from secateur.shrink.folder import read_config
 
@@ -19,7 +22,7 @@ LONGEST = 2048
 
 
 def open_data(spec: str, model: OpenedModel, seed: int = 0, samples: int | None = None) -> Splits:
-    """Calibration and evaluation samples for a model.
+    """Calibration and evaluation samples for a model; images in the model's dtype.
 
     Args:
         spec: `zoo:pydoc`, a path (`photos/`, `text.txt?length=256`, `test.parquet?limit=2000`), or
@@ -32,6 +35,12 @@ def open_data(spec: str, model: OpenedModel, seed: int = 0, samples: int | None 
         UnknownNameError: no such data set or option.
         DataError: it cannot be read, or does not suffice.
     """
+    found = _open(spec, model, seed, samples)
+    dtype = getattr(torch, dtype_of(model.model), torch.float32)
+    return Splits(found.calibration.to(dtype), found.evaluation.to(dtype))
+
+
+def _open(spec: str, model: OpenedModel, seed: int, samples: int | None) -> Splits:
     if spec.startswith("zoo:"):
         return zoo.load_data(spec, seed=seed, samples=samples)
     path = spec.partition("?")[0]

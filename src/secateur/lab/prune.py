@@ -162,8 +162,8 @@ def prune(job: Job, out: str | Path, progress: Progress | None = None) -> Record
     check_free(out, job.force)
     sweep(out.absolute().parent)
     prepared = prepare(job)
-    outcome = _carry_out(prepared, job.command(str(out)), progress)
-    record = None if prepared.splits is None else make_record(outcome)
+    plan, outcome = _carry_out(prepared, job.command(str(out)), progress)
+    record = make_record(outcome) if outcome else None
 
     def extend(folder: Path) -> None:
         nonlocal record
@@ -175,7 +175,7 @@ def prune(job: Job, out: str | Path, progress: Progress | None = None) -> Record
     save(
         prepared.opened.model,
         out,
-        outcome.plan,
+        plan,
         source=prepared.opened.folder,
         factory=prepared.opened.factory,
         data=prepared.data,
@@ -187,19 +187,22 @@ def prune(job: Job, out: str | Path, progress: Progress | None = None) -> Record
     return record
 
 
-def _carry_out(prepared: Prepared, command: str, progress: Progress) -> Outcome:
-    """Plan, apply, recover and measure; the opened model is the pruned one afterwards."""
+def _carry_out(prepared: Prepared, command: str, progress: Progress) -> tuple[Plan, Outcome | None]:
+    """Plan and apply, then recover and measure where there is data; the opened model is the pruned one afterwards."""
     job, model = prepared.job, prepared.opened.model
-    dense = copy.deepcopy(model)
+    if prepared.splits is None:
+        plan = make_plan(prepared, progress)
+        apply_(model, plan)
+        return plan, None
+    dense, evaluation = copy.deepcopy(model), prepared.splits.evaluation
     plan = make_plan(prepared, progress)
     apply_(model, plan)
-    evaluation = prepared.splits.evaluation if prepared.splits else None
     pruned, figures = None, {}
-    if prepared.recovery is not None and evaluation is not None:
+    if prepared.recovery is not None:
         pruned = quality(model, evaluation, progress=progress)
         figures = _recover(prepared, plan, progress)
     found = measure_together({"before": dense, "after": model}, evaluation, seed=job.seed, progress=progress)
-    return Outcome(
+    return plan, Outcome(
         prepared=prepared,
         plan=plan,
         before=found["before"],
