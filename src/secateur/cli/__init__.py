@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+STOPPED = 130  # exit code after Ctrl-C or a request to end
+
 
 def main() -> None:
     """Run the command line; errors of the input's making become one sentence and exit code 2."""
@@ -19,7 +21,7 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped: nothing half-written was left behind", file=sys.stderr)  # noqa: T201
-        sys.exit(130)
+        sys.exit(STOPPED)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
@@ -39,4 +41,6 @@ def _run() -> int:
     except usage_error as error:
         error.show()
         return int(error.exit_code)
+    if code == STOPPED:  # newer versions of typer make an exit code of Ctrl-C themselves
+        raise KeyboardInterrupt
     return code if isinstance(code, int) else 0
