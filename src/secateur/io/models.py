@@ -151,5 +151,7 @@ def open_tokenizer(opened: OpenedModel) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"the tokenizer in '{folder}' cannot be loaded: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        # damaged files make the tokenizer's classes raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"the tokenizer in '{folder}' cannot be loaded: {reason}") from error
