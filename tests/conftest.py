@@ -8,6 +8,8 @@ import os
 # oneDNN reads this before its first product, so it must be set before torch is imported.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Two processes with two spinning threads each stand in each other's way on two cores; this reaches subprocesses too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 

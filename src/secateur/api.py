@@ -95,13 +95,13 @@ def plan(
         progress=progress or Silent(),
     )
     with evaluating(model), seeded(seed):
-        decision = agreed(entry.run(task, checked))
+        decision, origin = agreed((entry.run(task, checked), _provenance(entry, checked, task, data, source)))
     made = Plan(
         sites=decision.sites,
         masks={name: mask.cpu() for name, mask in decision.masks.items()},
         weights={name: value.cpu() for name, value in decision.weights.items()},
         scores={name: value.cpu() for name, value in decision.scores.items()},
-        provenance=(_provenance(entry, checked, task, data, source),),
+        provenance=(origin,),
         warnings=tuple(decision.warnings),
         facts=decision.facts,
     )
@@ -165,8 +165,8 @@ def _refuse_empty(made: Plan, budget: Budget, decision: Decision) -> None:
             fullest = max(decision.masks, key=lambda other: float(decision.masks[other].float().mean()))
             raise BudgetError(
                 f"layer '{name}' would keep 0 of {mask.numel()} units at {budget} (densest: '{fullest}'); lower the "
-                f"sparsity, exclude the layer, or keep a minimum everywhere (a Budget with floor=1; "
-                f"global_magnitude: --set minimum=1)"
+                f"sparsity, exclude the layer, or keep a minimum in every layer "
+                f"(--minimum 1; in Python Budget({budget.amount:g}, floor=1))"
             )
     kept, total = made.units()
     if kept == total and budget.amount > 0 and not budget.pattern:

@@ -181,8 +181,8 @@ WAITS = """
 import sys, time
 from pathlib import Path
 from secateur.core.files import whole_folder
-from secateur.core.signals import clean_exit_on_signals
-clean_exit_on_signals()
+from secateur.core.signals import stop_by_exception
+stop_by_exception()
 with whole_folder(Path(sys.argv[1])) as temporary:
     (temporary / "part").write_text("x")
     print("ready", flush=True)

@@ -1,21 +1,23 @@
-"""Ending a job by signal the way Ctrl-C does, so that temporary folders are removed."""
+"""Ending a job by signal as an exception, so that clean-up code runs and temporary folders go."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType
 
+STOPPED = 130  # exit code, as shells expect after Ctrl-C
 
-class TerminatedError(KeyboardInterrupt):
-    """The process was asked to end (SIGTERM, SIGHUP)."""
+
+class StopRequest(BaseException):
+    """Ctrl-C, SIGTERM or SIGHUP. No `except Exception` and no library's own handling of Ctrl-C catches it."""
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
-    raise TerminatedError(f"signal {number}")
+    raise StopRequest(f"signal {number}")
 
 
-def clean_exit_on_signals() -> None:
-    """Turn SIGTERM and SIGHUP into an exception; clean-up code then runs as for Ctrl-C."""
-    signal.signal(signal.SIGTERM, _raise)
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, _raise)
+def stop_by_exception() -> None:
+    """Turn the signals that ask a process to end into `StopRequest`."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _raise)
