@@ -1,6 +1,7 @@
 """The command line run inside the test's process, on models and data of a few kilobytes."""
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -57,18 +58,18 @@ def good(*words: object) -> Ran:
     return done
 
 
-def spawn(*words: object, cwd: Path, **more) -> subprocess.Popen:
-    """`secateur WORDS` in a process of its own."""
-    command = [sys.executable, "-c", "from secateur.cli import main; main()", *map(str, words)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **more.pop("env", {})}
+def spawn(*words: object, cwd: Path, before: str = "", env: dict[str, str] | None = None) -> subprocess.Popen:
+    """`secateur WORDS` in a process of its own, after the Python code `before`."""
+    command = [sys.executable, "-c", f"{before}\nfrom secateur.cli import main\nmain()", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), **(env or {})}
     return subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-def separately(*words: object, cwd: Path, **more) -> Ran:
+def separately(*words: object, cwd: Path, before: str = "", env: dict[str, str] | None = None) -> Ran:
     """The same, waited for."""
-    process = spawn(*words, cwd=cwd, **more)
+    process = spawn(*words, cwd=cwd, before=before, env=env)
     out, err = process.communicate(timeout=120)
     return Ran(process.returncode, out, err)
 
@@ -90,8 +91,18 @@ def hurry(monkeypatch) -> None:
     """Real measurements, but short ones; what zeros bring on this machine is measured once for all tests."""
     from secateur.lab import prune
 
+    gc.freeze()  # or measuring memory would look through all imported modules each time
     monkeypatch.setattr(prune, "measure_together", partial(measure.measure_together, seconds=0.01))
     monkeypatch.setattr(prune, "probe_machine", lambda **ignored: machine_facts())
+
+
+class Setter:
+    """Stands for pytest's monkeypatch in a process that ends soon anyway."""
+
+    setattr = staticmethod(setattr)
+
+
+HURRIED = "import cli_runs; cli_runs.hurry(cli_runs.Setter)"
 
 
 # --- models and data ----------------------------------------------------------------------------------

@@ -5,13 +5,11 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 
 import cli_runs
 import pytest
-from cli_runs import files, good, run
+from cli_runs import files, good, run, spawn
 
 from secateur.core.files import MARK
 
@@ -135,40 +133,25 @@ def test_the_old_folder_survives_an_interrupted_replacement(place, monkeypatch):
 # --- from outside ----------------------------------------------------------------------------------------
 
 
-SLOW = """
-import os, sys, time
+SLOW = f"""
+import sys, time
+{cli_runs.HURRIED}
 from secateur.shrink import save
-from secateur.lab import prune
-from secateur import measure
-import cli_runs
-from functools import partial
-prune.measure_together = partial(measure.measure_together, seconds=0.01)
-prune.probe_machine = lambda **ignored: cli_runs.machine_facts()
-original, seconds = save.verify_folder, float(sys.argv.pop())
+original = save.verify_folder
 def slowly(*args):
     original(*args)
     print("written", flush=True)
-    time.sleep(seconds)
+    time.sleep(60)
 save.verify_folder = slowly
-from secateur.cli import main
-main()
 """
 
 
-def start_slow(place, seconds, *more):
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(cli_runs.__file__), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", SLOW, *prune(*more), str(seconds)],
-        cwd=place,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start_slow(place):
+    return spawn(*prune(), cwd=place, before=SLOW)
 
 
 def test_kill_leaves_a_temporary_folder_that_the_next_run_removes(place):
-    process = start_slow(place, 60)
+    process = start_slow(place)
     assert process.stdout.readline() == "written\n"
     (rest,) = [name for name in names(place) if MARK in name]
     assert not (place / "out").exists()
@@ -185,7 +168,7 @@ def test_signals_at_random_moments_of_a_real_process(place):
     rng = random.Random(0)
     before = files(place)
     for number, latest in ((signal.SIGINT, 5.0), (signal.SIGTERM, 1.0)):
-        process = start_slow(place, 60)
+        process = start_slow(place)
         time.sleep(rng.uniform(0.05, latest))
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
@@ -194,7 +177,7 @@ def test_signals_at_random_moments_of_a_real_process(place):
 
 
 def test_stopping_a_whole_process_is_one_line(place):
-    process = start_slow(place, 60)
+    process = start_slow(place)
     assert process.stdout.readline() == "written\n"
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)

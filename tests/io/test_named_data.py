@@ -168,7 +168,7 @@ def test_text_needs_a_tokenizer(home, net):
     [
         ("zoo:pydocs", UnknownNameError, "did you mean pydoc"),
         ("pydoc", UnknownNameError, "did you mean zoo:pydoc"),
-        ("", (UnknownNameError, DataError), ""),
+        ("", (UnknownNameError, DataError), "."),
         ("nowhere.txt", DataError, "does not exist"),
         ("nowhere/nothing.parquet", DataError, "does not exist"),
         ("./nowhere", DataError, "does not exist"),

@@ -1,0 +1,86 @@
+"""Demand 15: one command for every method, short logs, a machine-readable report, five lines of Python."""
+
+import json
+
+import pytest
+from cli_runs import good
+
+import secateur as sc
+from secateur.report.record import Record
+
+FIVE_LINES = """
+import secateur as sc
+opened = sc.open_model("lm")
+data = sc.open_data("text.txt", opened)
+plan = sc.plan(opened.model, "wanda", 0.5, data=data.calibration)
+sc.save(sc.apply_(opened.model, plan), "from-python", plan, source=opened.folder)
+"""
+THREE_LINES = """
+import secateur as sc
+job = sc.Job("lm", "wanda", sparsity=0.5, data="text.txt")
+record = sc.prune(job, "whole-job")
+"""
+
+
+@pytest.mark.parametrize("method", sorted(sc.methods()))
+def test_one_command_for_every_method(place, method):
+    out = f"one-{method}"
+    words = ["prune", "lm", "--method", method, "--sparsity", "0.5", "--minimum", "1", "--data", "text.txt"]
+    done = good(*words, "--out", out)
+    assert "saved in" in done.out
+    assert "perplexity" in done.out
+    assert len(done.out.splitlines()) < 20  # a result, not a log
+    assert all(line.startswith("warning: ") for line in done.err.splitlines() if not line.endswith(" s"))
+    record = Record.load(place / out / "secateur" / "report.json")
+    assert record.method.name == method
+    assert record.budget.sparsity == pytest.approx(0.5)
+    json.loads((place / out / "secateur" / "report.json").read_text())
+    assert (place / out / "report.html").exists()
+
+
+def test_python_needs_five_lines(place):
+    assert len(FIVE_LINES.strip().splitlines()) <= 5
+    exec(FIVE_LINES, {})
+    good("prune", "lm", "--method", "wanda", "--sparsity", "0.5", "--data", "text.txt", "--out", "from-command")
+    found = [(place / name / "model.safetensors").read_bytes() for name in ("from-python", "from-command")]
+    assert found[0] == found[1]
+    assert found[0] != (place / "lm" / "model.safetensors").read_bytes()
+
+
+def test_the_whole_job_in_three(place):
+    names = {}
+    exec(THREE_LINES, names)
+    assert names["record"] == Record.load(place / "whole-job" / "secateur" / "report.json")
+    assert len(names["record"].reproduce.python.splitlines()) <= 5
+
+
+def test_progress_reports_every_stage_to_whoever_listens(place):
+    """Stages are balanced, know their number of steps, and reach it: that is what time left is made of."""
+
+    class Listener:
+        def __init__(self):
+            self.open, self.done = [], []
+
+        def start(self, stage, total):
+            self.open.append([stage, total, 0])
+
+        def advance(self, steps=1):
+            self.open[-1][2] += steps
+
+        def finish(self):
+            self.done.append(tuple(self.open.pop()))
+
+    heard = Listener()
+    asked = sc.Job("lm", "wanda", sparsity=0.5, data="text.txt", recover="finetune", recover_settings={"steps": "7"})
+    sc.prune(asked, "heard", heard)
+    assert heard.open == []
+    stages = {stage: (total, steps) for stage, total, steps in heard.done}
+    assert {"blocks", "fine-tuning", "perplexity", "latency"} <= stages.keys()
+    assert stages["fine-tuning"] == (7, 7)
+    assert stages["blocks"] == (4, 4)
+    assert all(total == steps for stage, (total, steps) in stages.items() if total is not None and stage != "latency")
+
+
+def test_the_library_itself_prints_nothing(place, capfd):
+    sc.prune(sc.Job("lm", "sparsegpt", sparsity=0.5, data="text.txt"), "silent")
+    assert capfd.readouterr() == ("", "")
