@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,13 +82,14 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
-@cache
 def machine_facts() -> measure.MachineFacts:
-    return measure.probe_machine(0.02)
+    """What `probe_machine` could have found; probing takes seconds."""
+    rows = [measure.Row(layout, batch, 0.5, 0.4, 0.6, 1.0) for layout in measure.Layout for batch in (1, 16)]
+    return measure.MachineFacts("a processor", "cpu", 1, torch.__version__, tuple(rows), {}, ("zeros bring nothing",))
 
 
 def hurry(monkeypatch) -> None:
-    """Real measurements, but short ones; what zeros bring on this machine is measured once for all tests."""
+    """Real measurements of the models, but short ones; what zeros bring on this machine is made up."""
     from secateur.lab import prune
 
     gc.freeze()  # or measuring memory would look through all imported modules each time

@@ -193,7 +193,6 @@ def test_stopping_a_whole_process_is_one_line(place):
 @pytest.mark.parametrize("limit", [200, 3000, 20_000], ids=["plan", "weights", "report"])
 def test_disk_full(place, limit):
     """A limit on the size of files is the nearest thing to a full disk that needs no privileges."""
-    cli_runs.machine_facts()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:

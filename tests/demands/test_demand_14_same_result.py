@@ -16,7 +16,6 @@ RUNS = {
     "sparsegpt": ["lm", "--method", "sparsegpt", "--sparsity", "0.5", "--data", "text.txt"],
     "shortgpt": ["lm", "--method", "shortgpt", "--sparsity", "0.5", "--data", "text.txt"],
     "taylor": ["cli_runs:net", "--method", "taylor", "--sparsity", "0.5", "--data", "images", "--samples", "6"],
-    "random": ["cli_runs:net", "--method", "random", "--sparsity", "0.5", "--data", "images"],
     "recovered": [
         *("cli_runs:net", "--method", "random", "--sparsity", "0.5", "--data", "images"),
         *("--recover", "finetune:steps=5,batch=8"),
@@ -44,7 +43,7 @@ def run(place, name, folder, seed="3"):
     return home, ["prune", *RUNS[name], "--seed", seed, "--out", "result"]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "wanda"])  # that one is compared across processes
 def test_two_runs_are_byte_identical_and_another_seed_is_not(place, monkeypatch, name):
     results: list[dict[str, bytes]] = []
     for folder, seed in ((f"{name}-1", "3"), (f"{name}-2", "3"), (f"{name}-3", "4")):
