@@ -54,13 +54,12 @@ def keep_top(scores: Tensor, keep: int) -> Tensor:
         scores = scores.float()  # widens exactly
     remove = n - keep
     threshold = _kth_smallest(scores, remove)
-    below = scores < threshold
-    mask = ~below
-    missing = remove - below.sum(-1, keepdim=True)  # ties at the threshold that must go as well
+    mask = scores > threshold
+    if bool((mask.sum(-1) == keep).all()):
+        return mask  # nothing above the cut ties with it
     tied = scores == threshold
-    if bool((tied.sum(-1, keepdim=True) == missing).all()):
-        return mask & ~tied
-    return mask & ~(tied & (tied.cumsum(-1) <= missing))
+    missing = remove - (scores < threshold).sum(-1, keepdim=True)  # ties that must go, lowest index first
+    return mask | (tied & (tied.cumsum(-1) > missing))
 
 
 def keep_global(scores: Mapping[str, Tensor], keep: int) -> dict[str, Tensor]:
