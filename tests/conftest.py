@@ -11,6 +11,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Two processes with two spinning threads each stand in each other's way on two cores; this reaches subprocesses too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
+import torch
 
 torch.set_num_threads(1)

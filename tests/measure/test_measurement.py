@@ -10,8 +10,8 @@ from torch import nn
 from secateur.core.errors import DataError, ModelError
 from secateur.core.method import Batch
 from secateur.data.dataset import DataKind, Dataset
-from secateur.measure import compare, measure, measure_together
 from secateur.data.running import resized
+from secateur.measure import compare, measure, measure_together
 
 
 @pytest.fixture
