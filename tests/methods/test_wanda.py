@@ -103,6 +103,24 @@ def test_statistics_come_from_pruned_blocks(sequencing):
     assert not equal(plan.masks, sequential_masks(model, data, 0.7, one_pass=not one_pass))
 
 
+def test_blocks_can_be_fed_from_dense_ones():
+    model, data = stacked(blocks=3), inputs(6, 5, 12)
+    plan = api.plan(model, "wanda", 0.7, data=data, dense_chain=True)
+    assert equal(plan.masks, sequential_masks(model, data, 0.7, chained=False))
+
+
+@pytest.mark.parametrize("sequencing", ["block", "projection"])
+def test_a_dense_chain_gives_the_dense_statistics_and_restores_the_model(sequencing):
+    model, data = stacked(blocks=3), inputs(6, 5, 12)
+    before = copy.deepcopy(model.state_dict())
+    light, heavy = (
+        api.plan(model, "wanda", s, data=data, keep_scores=True, dense_chain=True, sequencing=sequencing)
+        for s in (0.1, 0.9)
+    )
+    torch.testing.assert_close(light.scores["layers.2.up.weight"], heavy.scores["layers.2.up.weight"])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_a_pruned_block_changes_the_next_statistic():
     model, data = stacked(blocks=2), inputs(6, 5, 12)
     light, heavy = (api.plan(model, "wanda", s, data=data, keep_scores=True) for s in (0.1, 0.9))

@@ -186,6 +186,10 @@ class BlockVisit:
         assert self._outputs is not None
         return self._outputs
 
+    def forget(self) -> None:
+        """Drop what the block gave: its weights are about to change back."""
+        self._outputs = None
+
     def _keep(self, outputs: list[Any]) -> None:
         # a model taken as one block has no next block to feed
         self._outputs = [self._hidden(output) for output in outputs] if self.stack.name else []
@@ -232,16 +236,18 @@ class BlockWalk:
 
     Args:
         task: gives the model, the data and the patterns of layers to leave out.
+        dense: feed every block from the blocks before it as they were, not as they were replaced.
 
     Raises:
         DataError: no data, or the model does not run on it.
     """
 
-    def __init__(self, task: Task):
+    def __init__(self, task: Task, *, dense: bool = False):
         if not task.batches:
             raise DataError("this method needs calibration data; give data=... (--data)")
         self.task = task
         self.model = task.model
+        self.dense = dense
         self.batches = [batch.to(device_of(task.model)) for batch in task.batches]
         with torch.no_grad():
             self.stacks = walkable_stacks(task.model, self.batches[0])
@@ -282,6 +288,9 @@ class BlockWalk:
                 calls = [call.with_hidden(h) for call, h in zip(calls, hidden, strict=True)]
             visit = BlockVisit(self, stack, index, calls)
             yield visit
+            if self.dense:
+                visit.forget()
+                self._restore()
             hidden = visit.outputs() if index + 1 < len(stack.blocks) else None
             if stack.name:
                 for of_batch in recorded:  # free the activations
@@ -305,7 +314,12 @@ class BlockWalk:
 
 
 def layerwise(
-    task: Task, factory: Callable[[int], S], decide: Callable[[BlockVisit, WeightLayer, S], None], one_pass: bool
+    task: Task,
+    factory: Callable[[int], S],
+    decide: Callable[[BlockVisit, WeightLayer, S], None],
+    *,
+    one_pass: bool = False,
+    dense: bool = False,
 ) -> list[str]:
     """Walk the model and decide every layer of every block once; the plan of most layer-wise methods.
 
@@ -314,11 +328,12 @@ def layerwise(
         factory: makes a layer's statistic from its number of inputs.
         decide: chooses a layer's weights, and hands them on by `BlockVisit.replace`.
         one_pass: `BlockVisit.sweep` instead of `BlockVisit.observe`.
+        dense: feed blocks from dense ones.
 
     Returns:
         Sentences about weights in the blocks that no layer of the walk uses.
     """
-    with BlockWalk(task) as walk:
+    with BlockWalk(task, dense=dense) as walk:
         for visit in walk:
             if one_pass:
                 visit.sweep(factory, partial(decide, visit))

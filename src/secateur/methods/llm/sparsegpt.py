@@ -76,7 +76,7 @@ def plan(task: Task, settings: SparseGPTSettings) -> Decision:
         decision.facts[layer.name] = {"error": solved.error, "damping": factor.damping}
         visit.replace(layer, solved.weight)
 
-    decision.warnings += layerwise(task, Hessian, decide, settings.true_sequential)
+    decision.warnings += layerwise(task, Hessian, decide, one_pass=settings.true_sequential)
     return decision
 
 

@@ -7,7 +7,8 @@ before it. Defaults follow the paper (128 sequences there; here as many as the d
 Only linear and convolution weights inside the repeated blocks are pruned; embedding, head and patch
 embedding are not. A model without repeated blocks is taken as one block. The official code reads
 "2:4" as 2 *pruned* of 4; here a pattern names what is *kept*. The official image-classifier branch
-feeds blocks from dense ones; here pruned blocks feed the next one everywhere, as in the paper.
+feeds blocks from dense ones (`dense_chain`); by default pruned blocks feed the next one everywhere, as
+in the paper.
 """
 
 from __future__ import annotations
@@ -50,6 +51,9 @@ class WandaSettings(Settings):
         Sequencing.BLOCK,
         description="statistics from the dense block, two passes (paper), or from the layers already pruned, one pass",
     )
+    dense_chain: bool = Field(
+        False, description="feed blocks from the dense blocks before them (the official image-classifier branch)"
+    )
     variant: bool = Field(False, description="rows get their own sparsity by cumulative score, alpha bisected")
 
 
@@ -73,7 +77,7 @@ def plan(task: Task, settings: WandaSettings) -> Decision:
         visit.replace(layer, W * keep)
 
     one_pass = settings.sequencing is Sequencing.PROJECTION
-    decision.warnings += layerwise(task, SecondMoment, decide, one_pass)
+    decision.warnings += layerwise(task, SecondMoment, decide, one_pass=one_pass, dense=settings.dense_chain)
     return decision
 
 
