@@ -18,6 +18,13 @@ from torch import Tensor, nn
 from secateur import measure
 from secateur.cli import main
 
+# where other processes find this module, and the same sources that this one uses
+PATHS = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+PROCESS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(PATHS)}
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 class Ran(NamedTuple):
     code: int
@@ -37,7 +44,7 @@ class Ran(NamedTuple):
 def run(*words: object) -> Ran:
     """`secateur WORDS` in this process."""
     out, err = io.StringIO(), io.StringIO()
-    argv, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    argv, handlers = sys.argv, {number: signal.getsignal(number) for number in SIGNALS}
     sys.argv = ["secateur", *map(str, words)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -61,7 +68,7 @@ def good(*words: object) -> Ran:
 def spawn(*words: object, cwd: Path, before: str = "", env: dict[str, str] | None = None) -> subprocess.Popen:
     """`secateur WORDS` in a process of its own, after the Python code `before`."""
     command = [sys.executable, "-c", f"{before}\nfrom secateur.cli import main\nmain()", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), **(env or {})}
+    environment = {**os.environ, **PROCESS, **(env or {})}
     return subprocess.Popen(
         command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -113,6 +120,24 @@ def net() -> nn.Module:
     """Two linears and a batch norm over images of 1x4x4, three classes."""
     torch.manual_seed(3)
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 3))
+
+
+class Residual(nn.Module):
+    """x + linear(x)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(x)
+
+
+def stack() -> nn.Module:
+    """Six blocks that may go."""
+    torch.manual_seed(5)
+    blocks = nn.Sequential(*(Residual() for _ in range(6)))
+    return nn.Sequential(nn.Flatten(), blocks, nn.Linear(16, 3))
 
 
 def no_module() -> int:

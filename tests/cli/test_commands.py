@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import cli_runs
 import pytest
 import torch
 from cli_runs import files, good, machine_facts, net, run, separately, spawn
@@ -296,6 +297,26 @@ def test_apply_gives_the_same_model_as_prune(place, model, method):
     for name in ("plan.json", "plan.safetensors"):
         assert (place / "again" / "secateur" / name).read_bytes() == (place / "out" / "secateur" / name).read_bytes()
     assert "applied to" in good("apply", "out", model, "--out", "third").out
+
+
+def test_blocks_of_a_plain_module_go_again_and_again(place):
+    """Every removal so far stays in the folder's memory, whichever command made it."""
+    from secateur.core.units import Site, UnitKind
+
+    source, expected = "cli_runs:stack", cli_runs.stack()
+    for number, gone in enumerate(([0, 3], [1], [2])):
+        mask = torch.ones(len(expected[1]), dtype=torch.bool)
+        mask[gone] = False
+        Plan({"1": Site("1", UnitKind.BLOCK, tuple(mask.shape))}, {"1": mask}).save(f"plan{number}")
+        good("apply", f"plan{number}", source, "--out", f"out{number}", "--trust-factory")
+        source, expected[1] = (
+            f"out{number}",
+            torch.nn.Sequential(*(b for b, k in zip(expected[1], mask, strict=True) if k)),
+        )
+        x = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(sc.load(source, trust_factory=True)(x), expected(x))
+    good(*prune("--trust-factory", model="out2", out="masked"))
+    assert len(sc.load("masked", trust_factory=True)[1]) == 2
 
 
 def test_diff_counts_sites(place):

@@ -160,7 +160,7 @@ def test_kill_leaves_a_temporary_folder_that_the_next_run_removes(place):
     process.kill()
     process.communicate(timeout=60)
     assert rest in names(place)
-    run(*prune("--sparsity", "0.6", out="other"))
+    good("apply", "living", NET, "--out", "other")
     assert names(place) == ["images", "living", "other"]
 
 

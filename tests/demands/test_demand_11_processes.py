@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from cli_runs import PROCESS
+
 import secateur
 
 RANK = """
@@ -34,12 +36,7 @@ sc.plan(cli_runs.net(), "random", 0.5, seed=rank).save(home / f"alone-{rank}")
 
 
 def test_two_processes_with_different_seeds_and_data_end_with_identical_plans(tmp_path):
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parents[1] / "cli"),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
+    environment = {**os.environ, **PROCESS, "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RANK, str(rank), str(tmp_path)], env=environment, stderr=subprocess.PIPE, text=True

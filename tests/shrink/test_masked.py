@@ -63,12 +63,14 @@ def test_apply_writes_exact_zeros_into_the_same_parameters():
     plan = weight_plan(model, ["0.weight", "2.weight"])
     plan.masks["0.weight"].view(-1)[2] = False
     parameters, before = dict(model.named_parameters()), state(model)
+    pointers = [p.data_ptr() for p in model.parameters()]
     assert sc.apply_(model, plan) is model
     for name, mask in plan.masks.items():
         assert dict(model.named_parameters())[name] is parameters[name]
         assert not bits(parameters[name][~mask]).strip(b"\0")
         assert bits(parameters[name][mask]) == bits(before[name][mask])
     assert bits(model[0].bias) == bits(before["0.bias"])
+    assert [p.data_ptr() for p in model.parameters()] == pointers  # views and flattened parameters see it too
 
 
 @settings(max_examples=20, deadline=None)
