@@ -325,7 +325,7 @@ def test_a_config_that_cannot_describe_the_model_is_found_out(tmp_path):
     """T5's first block alone owns the position bias: without it no configuration fits what is left."""
     model = t5()
     plan = block_plan(model, "encoder.block", [0])
-    with pytest.raises(OutputError, match=r"does not reload.*relative_attention_bias"):
+    with pytest.raises(OutputError, match=r"does not reload: it lacks the tensor .*relative_attention_bias"):
         sc.save(sc.apply_(model, plan), tmp_path / "out", plan)
     assert list(tmp_path.iterdir()) == []
 

@@ -136,7 +136,8 @@ def verify_folder(model: nn.Module, folder: Path, factory: str | None, probe: Ba
     try:
         again = load(folder, trust_factory=factory is not None)
     except SecateurError as error:
-        raise OutputError(f"the saved model does not reload: {error} (--no-verify saves it all the same)") from error
+        reason = str(error).replace(f"'{folder}'", "it").replace(f"{folder}/", "")  # a name that goes with the folder
+        raise OutputError(f"the saved model does not reload: {reason} (--no-verify saves it all the same)") from error
     again.to(device_of(model))
     probe = probe or make_probe(model)
     with evaluating(model):
