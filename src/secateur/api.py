@@ -13,10 +13,11 @@ from secateur.core.budget import Budget, Pattern
 from secateur.core.distributed import agreed
 from secateur.core.errors import BudgetError, DataError, ModelError, NumericsError
 from secateur.core.fingerprint import data_digest
-from secateur.core.method import Batch, Decision, Method, Protocol, Settings, Task
+from secateur.core.method import Batch, Decision, Group, Method, Protocol, Settings, Task
 from secateur.core.plan import Plan, Provenance, versions
 from secateur.core.progress import Progress, Silent
 from secateur.core.seeding import seeded
+from secateur.core.units import UnitKind
 from secateur.data.batches import as_batches
 from secateur.data.dataset import Dataset
 from secateur.data.running import evaluating
@@ -121,6 +122,8 @@ def _budget(entry: Method, sparsity: float | None, pattern: str | None, budget: 
     assert budget is not None
     if budget.pattern and not entry.patterns:
         raise BudgetError(f"{entry.name} does not support N:M patterns; give a sparsity")
+    if entry.units is UnitKind.WEIGHT and entry.exact is not Group.TOTAL:
+        _ = budget.sparsity  # such methods decide row by row or layer by layer: a total would be read as a share
     return budget
 
 

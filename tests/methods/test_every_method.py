@@ -16,6 +16,7 @@ from torch import nn
 
 import secateur as sc
 from secateur import zoo
+from secateur.core.budget import Quantity
 from secateur.core.errors import BudgetError, ModelError, PlanError
 from secateur.core.method import Group, Method, Protocol
 from secateur.core.plan import Plan
@@ -244,3 +245,15 @@ def test_nothing_asked_nothing_removed(method):
 def test_impossible_sparsity_is_refused(method, sparsity):
     with pytest.raises(BudgetError, match="sparsity"):
         sc.plan(nn.Linear(4, 4), method, sparsity=sparsity, data=torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("quantity", [Quantity.UNITS, Quantity.PARAMETERS])
+@pytest.mark.parametrize("name", [name for name, m in METHODS.items() if m.units is UnitKind.WEIGHT])
+def test_a_total_is_met_or_refused_never_read_as_a_share(name, quantity):
+    model, budget = "pydoc-llama", sc.Budget(40, quantity)
+    if METHODS[name].exact is Group.TOTAL:
+        budget = sc.Budget(200_000, quantity, floor=1)
+        assert plan_on(zoo.load_model(model), name, model, budget=budget).units()[0] == 200_000
+    else:
+        with pytest.raises(BudgetError, match="total"):
+            plan_on(zoo.load_model(model), name, model, budget=budget)

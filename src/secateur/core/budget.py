@@ -108,6 +108,19 @@ class Budget:
                 return replace(self, amount=amount, per_kind=())
         return replace(self, per_kind=())
 
+    @property
+    def sparsity(self) -> float:
+        """The fraction asked to go.
+
+        Raises:
+            BudgetError: the budget is a count, no fraction.
+        """
+        if self.quantity is Quantity.SPARSITY:
+            return self.amount
+        if self.quantity is Quantity.DENSITY:
+            return 1 - self.amount
+        raise BudgetError(f"a budget in {self.quantity} is a total, not a fraction; give a sparsity or a density here")
+
     def keep(self, units: int, cost: int = 1) -> int:
         """How many of `units` units stay, each worth `cost` parameters.
 

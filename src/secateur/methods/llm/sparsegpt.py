@@ -105,7 +105,7 @@ def mask_rule(task: Task, settings: SparseGPTSettings, W: Tensor, name: str) -> 
 
         return n_of_m, pattern.of
     if settings.reference:
-        return _reference_rule(task.budget.amount), None
+        return _reference_rule(budget.sparsity), None
     remove = W.numel() - budget.keep(W.numel())
     if settings.compare is Compare.ROW:
         return _even_share(columns - budget.keep(columns), columns, per_row=True), None

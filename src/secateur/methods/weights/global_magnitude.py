@@ -51,7 +51,7 @@ def plan(task: Task, settings: GlobalMagnitudeSettings) -> Decision:
     minimum = max(settings.minimum, floor(settings.minimum_percent * everything / 100), budget.floor)
     decision = Decision(sites=found.sites, scores=scores if task.keep_scores else {})
     if settings.reference:
-        decision.masks = reference_masks(scores, budget.amount, minimum)
+        decision.masks = reference_masks(scores, budget.sparsity, minimum)
     else:
         floored = Budget(budget.amount, budget.quantity, minimum, budget.pattern)
         decision.masks = choose(scores, found.sites, floored, settings.spread)
