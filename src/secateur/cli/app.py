@@ -211,6 +211,36 @@ def bench(
 
 
 @app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="the file; .pt2 for torch.export, .onnx for ONNX")],
+    data: Data = None,
+    batch: Annotated[int, typer.Option(help="samples in the probe, which is compared and timed", min=1)] = 1,
+    opset: Annotated[int | None, typer.Option(help="ONNX operator set; default: torch's")] = None,
+    static: Annotated[bool, typer.Option("--static", help="only this batch size, for models that need it")] = False,
+    verify: Annotated[bool, typer.Option(help="run the file and compare its outputs before keeping it")] = True,
+    seed: Seed = 0,
+    weights: Weights = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    trust_factory: Trust = False,
+    force: Annotated[bool, typer.Option(help="replace an existing file")] = False,
+    json: Json = False,
+) -> None:
+    """Write a model as one file for another runtime, compare its outputs with torch's and time both.
+
+    `secateur export pruned pruned.onnx`
+
+    `secateur export zoo:digits-resnet resnet.pt2 --batch 16`
+    """
+    from secateur.cli import commands
+
+    opening = {"weights": weights, "device": device, "dtype": dtype, "trust_factory": trust_factory}
+    saving = {"opset": opset, "dynamic_batch": not static, "verify": verify, "force": force}
+    commands.export_model(model, out, data, batch, seed, opening, saving, json)
+
+
+@app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="result folders; several are compared on one page")],
     out: Annotated[Path | None, typer.Option(help="HTML file; default: report.html in the only folder")] = None,

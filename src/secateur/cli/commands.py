@@ -10,18 +10,21 @@ from secateur import api, zoo
 from secateur.cli import show
 from secateur.cli.progress import Bars
 from secateur.core import catalogue
-from secateur.core.errors import OutputError, PlanError
+from secateur.core.errors import DataError, OutputError, PlanError
+from secateur.core.method import Batch
 from secateur.core.plan import DOCUMENT, Plan
 from secateur.core.tags import axes
+from secateur.data.running import resized
 from secateur.io.data import open_data
-from secateur.io.models import open_model
+from secateur.io.models import OpenedModel, open_model
 from secateur.lab import prune as job
 from secateur.lab.reproduce import Report, run_check
 from secateur.measure import Measurement, measure_together, probe_machine
 from secateur.report import Record, write
 from secateur.shrink.apply import apply_ as apply_to
+from secateur.shrink.export import ExportReport, export
 from secateur.shrink.folder import OWN
-from secateur.shrink.save import save
+from secateur.shrink.save import make_probe, save
 
 
 def find_plan(place: Path) -> Plan:
@@ -213,6 +216,48 @@ def _print_bench(found: Mapping[str, Measurement], source: str | None) -> None:
 def _costs(one: Measurement) -> list[str]:
     peak = one.memory.peak / 2**20 if one.memory and one.memory.peak else None
     return [show.figure(one.parameters), show.figure(one.nonzeros), show.figure(one.flops), show.figure(peak)]
+
+
+def export_model(
+    name: str,
+    out: Path,
+    data: str | None,
+    batch: int,
+    seed: int,
+    opening: Mapping[str, Any],
+    saving: Mapping[str, Any],
+    json: bool,
+) -> None:
+    """A model as one file for another runtime."""
+    opened = open_model(name, **opening)
+    probe = _probe(opened, data, batch, seed)
+    with Bars() as progress:
+        found = export(opened.model, out, probe, progress=progress, **saving)
+    if json:
+        show.as_json(found.to_json())
+        return
+    columns = ["file", "bytes", "batch", "largest difference", "torch ms", "runtime ms"]
+    figures = (found.difference, found.torch_ms, found.runtime_ms)
+    row = [out, show.figure(found.bytes), found.batch_size, *(show.figure(value, 3) for value in figures)]
+    show.table(f"{name} as {found.kind}", columns, [row], _export_note(found))
+
+
+def _probe(opened: OpenedModel, data: str | None, batch: int, seed: int) -> Batch:
+    source = data or opened.data
+    if source:
+        return resized(Batch((open_data(source, opened, seed).calibration.inputs,)), batch)
+    made = make_probe(opened.model)
+    if made is None:
+        raise DataError(f"'{opened.name}' has to be run once to be exported; give samples with --data")
+    return resized(made, batch)
+
+
+def _export_note(found: ExportReport) -> str:
+    sizes = "any batch size" if found.dynamic_batch else f"batches of {found.batch_size} only"
+    if found.torch_latency is None:
+        return f"takes {sizes}; not run (--no-verify)"
+    threads, compared = found.torch_latency.threads, ", ".join(map(str, found.compared))
+    return f"takes {sizes}; compared on batches of {compared}; {threads} threads, interleaved repeats"
 
 
 def report(folders: list[Path], out: Path | None, json: bool) -> None:

@@ -7,6 +7,9 @@ from enum import StrEnum
 from math import prod
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 class UnitKind(StrEnum):
     """The smallest thing that is kept or removed as a whole."""
@@ -39,9 +42,10 @@ class Layout(StrEnum):
 
 @dataclass(frozen=True)
 class Occurrence:
-    """One place where an axis shows up: `count` indices of dimension `dim` of a parameter.
+    """One place where an axis shows up: index ranges along dimension `dim` of a parameter or buffer.
 
-    Unit i owns the `repeat` indices that start at `offset + i * stride`.
+    Unit i owns the `repeat` indices that start at `offset + t * period + i * stride`, for each t < `times`:
+    a head of a fused projection has times 1 and repeat head_dim, a head dimension times heads and repeat 1.
     """
 
     parameter: str
@@ -49,6 +53,18 @@ class Occurrence:
     offset: int = 0
     stride: int = 1
     repeat: int = 1
+    times: int = 1
+    period: int = 0
+
+    def indices(self, units: int) -> Tensor:
+        """The indices of every unit, `[units, times * repeat]`."""
+        starts = self.offset + torch.arange(units)[:, None, None] * self.stride
+        found = starts + torch.arange(self.times)[:, None] * self.period + torch.arange(self.repeat)
+        return found.reshape(units, self.times * self.repeat)
+
+    def removed(self, mask: Tensor) -> Tensor:
+        """The indices that go with the units whose mask is False."""
+        return self.indices(len(mask))[~mask].reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -60,7 +76,7 @@ class Site:
         kind: what one unit is.
         shape: shape of the keep-mask; the weight's own shape for weights, `(units,)` otherwise.
         layout: for weights, how the tensor maps to `[out, in]`.
-        cost: parameters that go with one unit; a tuple where units differ.
+        cost: parameters that go with one unit while all others stay; a tuple where units differ.
         occurrences: for structured units, everything that is cut with them.
     """
 

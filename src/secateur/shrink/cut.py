@@ -1,0 +1,233 @@
+"""Physical removal of structured units: smaller tensors, and the integer attributes that go with them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.errors import PlanError
+from secateur.core.plan import Plan
+from secateur.core.units import UnitKind
+from secateur.structure.analysis import Structure
+
+STRUCTURED = frozenset(UnitKind) - {UnitKind.WEIGHT, UnitKind.BLOCK}
+
+Undo = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class AttributeChange:
+    """An integer attribute of a module, or of the config beside it, and its value after the cut."""
+
+    module: str
+    attribute: str
+    value: int
+    index: int | None = None
+    on_config: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the card of a saved folder."""
+        return dict(vars(self))
+
+
+@dataclass
+class Cut:
+    """Everything that a cut sets: `(owner, attribute, new value)` and tensors by name."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    attributes: list[AttributeChange] = field(default_factory=list)
+
+
+def structured(plan: Plan) -> list[str]:
+    """Names of the plan's sites whose units are cut out of tensors."""
+    return [name for name, site in plan.sites.items() if site.kind in STRUCTURED]
+
+
+def removed_indices(plan: Plan) -> dict[str, dict[int, Tensor]]:
+    """Parameter or buffer -> dimension -> bool keep-mask over the indices of that dimension, lazily sized.
+
+    The masks are lists of removed indices, sorted and without repetition.
+    """
+    found: dict[str, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+    for name in structured(plan):
+        mask = plan.masks[name]
+        if not bool(mask.all()):
+            for place in plan.sites[name].occurrences:
+                found[place.parameter][place.dim].append(place.removed(mask))
+    return {
+        name: {dim: torch.unique(torch.cat(parts)) for dim, parts in dims.items()} for name, dims in found.items()
+    }
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, each under every name it has."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def kept_indices(size: int, removed: Tensor) -> Tensor:
+    """The indices that stay."""
+    keep = torch.ones(size, dtype=torch.bool)
+    keep[removed] = False
+    return keep.nonzero().flatten()
+
+
+def smaller(tensor: Tensor, removed: Mapping[int, Tensor]) -> Tensor:
+    """The tensor without the removed indices, contiguous in the same memory format."""
+    for dim in sorted(removed, key=lambda d: -len(removed[d]) / tensor.shape[d]):
+        tensor = tensor.index_select(dim, kept_indices(tensor.shape[dim], removed[dim]).to(tensor.device))
+    return tensor
+
+
+def check_cut(plan: Plan, structure: Structure) -> None:
+    """Refuse a plan that this model's structure does not have, or that empties a site.
+
+    Raises:
+        PlanError: names the site and what is wrong.
+    """
+    for name in structured(plan):
+        if name not in structure.sites:
+            raise PlanError(
+                f"'{name}' is no site of this model that can be cut; see `secateur inspect` for the ones that can"
+            )
+        if structure.sites[name].occurrences != plan.sites[name].occurrences:
+            raise PlanError(f"'{name}' has other occurrences in this model than in the plan; plan it on this model")
+        if not plan.kept(name):
+            raise PlanError(f"'{name}' would lose all of its {plan.sites[name].units} units; keep at least one")
+
+
+def make_cut(model: nn.Module, plan: Plan, structure: Structure) -> Cut:
+    """The new tensors and attributes, without touching the model.
+
+    Raises:
+        PlanError: the plan does not fit the structure.
+        ModelError: the counts do not fit sizes that the model's code computes.
+    """
+    check_cut(plan, structure)
+    counts = {name: plan.kept(name) for name in structured(plan)}
+    changes = structure.changes(counts)
+    tensors = tensors_of(model)
+    cut = Cut()
+    with torch.no_grad():
+        for name, removed in removed_indices(plan).items():
+            cut.tensors[name] = smaller(tensors[name].detach(), removed)
+    modules = {id(module): name for name, module in model.named_modules()}
+    for change in changes:
+        cut.attributes.append(_located(model, modules, change.slot, change.value))
+    cut.attributes += _descriptions(model, cut.tensors, {(a.module, a.attribute) for a in cut.attributes})
+    return cut
+
+
+def _located(model: nn.Module, modules: Mapping[int, str], slot: Any, value: int) -> AttributeChange:
+    if id(slot.owner) in modules:
+        return AttributeChange(modules[id(slot.owner)], slot.name, value, slot.index)
+    for name, module in model.named_modules():
+        for attribute, found in vars(module).items():
+            if found is slot.owner:
+                return AttributeChange(name, slot.name, value, slot.index, attribute)
+    raise PlanError(f"the object that holds '{slot}' cannot be found again; exclude the layer")
+
+
+def _descriptions(model: nn.Module, tensors: Mapping[str, Tensor], known: set[tuple[str, str]]) -> list[AttributeChange]:
+    """Attributes by which torch's layers describe themselves and that nothing computes with."""
+    found = []
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        for attribute, value in _described(module, leaf, tensor):
+            if (owner, attribute) not in known and getattr(module, attribute, value) != value:
+                known.add((owner, attribute))
+                found.append(AttributeChange(owner, attribute, value))
+    return found
+
+
+def _described(module: nn.Module, leaf: str, tensor: Tensor) -> Iterator[tuple[str, int]]:
+    shape = tensor.shape
+    if isinstance(module, nn.Linear) and leaf == "weight":
+        yield from (("out_features", shape[0]), ("in_features", shape[1]))
+    elif isinstance(module, nn.Bilinear) and leaf == "weight":
+        yield from (("out_features", shape[0]), ("in1_features", shape[1]), ("in2_features", shape[2]))
+    elif isinstance(module, nn.modules.conv._ConvNd) and leaf == "weight":
+        own, other = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
+        groups = module.groups
+        if groups == 1:
+            yield from ((own, shape[0]), (other, shape[1]))
+        elif groups == module.in_channels:  # depthwise: the groups are cut with the channels
+            yield from ((own, shape[0]), (other, shape[0] * shape[1] * module.in_channels // module.out_channels))
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        yield "num_features", shape[0]
+    elif isinstance(module, nn.GroupNorm):
+        yield "num_channels", shape[0]
+    elif isinstance(module, nn.Embedding):
+        yield "embedding_dim", shape[1]
+    elif isinstance(module, nn.RNNBase) and leaf.startswith("weight_hh"):
+        yield "hidden_size", shape[1]
+    elif isinstance(module, nn.RNNBase) and leaf == "weight_ih_l0":
+        yield "input_size", shape[1]
+    elif type(module).__name__ == "Conv1D" and leaf == "weight":
+        yield from (("nx", shape[0]), ("nf", shape[1]))
+
+
+def install(model: nn.Module, cut: Cut) -> Undo:
+    """Put a cut into the model, in place. Parameters stay the objects they are; their gradients are dropped.
+
+    Returns:
+        A function that puts everything back.
+    """
+    tensors = tensors_of(model)
+    before: list[tuple[Tensor, Tensor, Tensor | None]] = []
+    for name, value in cut.tensors.items():
+        tensor = tensors[name]
+        before.append((tensor, tensor.data, tensor.grad))
+        tensor.grad = None
+        tensor.data = value
+    attributes = set_attributes(model, cut.attributes)
+
+    def undo() -> None:
+        attributes()
+        for tensor, data, grad in reversed(before):
+            tensor.data = data
+            tensor.grad = grad
+
+    return undo
+
+
+def set_attributes(model: nn.Module, changes: list[AttributeChange]) -> Undo:
+    """Set integer attributes of modules and configs.
+
+    Returns:
+        A function that puts them back.
+
+    Raises:
+        PlanError: a module or attribute is missing; names it.
+    """
+    before: list[tuple[Any, str, Any]] = []
+    for change in changes:
+        try:
+            owner: Any = model.get_submodule(change.module)
+            owner = owner if change.on_config is None else getattr(owner, change.on_config)
+            old = getattr(owner, change.attribute)
+        except AttributeError:
+            raise PlanError(f"the model has no '{change.module}.{change.attribute}'") from None
+        before.append((owner, change.attribute, old))
+        setattr(owner, change.attribute, _replaced(old, change))
+
+    def undo() -> None:
+        for owner, name, value in reversed(before):
+            setattr(owner, name, value)
+
+    return undo
+
+
+def _replaced(old: Any, change: AttributeChange) -> Any:
+    if change.index is None:
+        return change.value
+    items = [change.value if i == change.index else item for i, item in enumerate(old)]
+    return items if isinstance(old, list) else type(old)(items)

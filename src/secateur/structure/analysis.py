@@ -1,0 +1,325 @@
+"""What can be removed from a network: its axes as sites, and what each removal costs and brings.
+
+The observed run says which dimensions are one. Here the code's own size arithmetic is checked: an
+axis is free when, for any number of kept units, every size that the code computes comes out right,
+by itself or after changing integer attributes (`num_heads`, `groups`). All others are frozen with
+the reason.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any
+
+from torch import nn
+
+from secateur.core.errors import ModelError
+from secateur.core.method import Batch
+from secateur.core.units import Occurrence, Site
+from secateur.data.running import resized
+from secateur.structure.dims import Axis, Concat, Dim, axes, count, freeze, resolve, size, unify
+from secateur.structure.kinds import kinds_of
+from secateur.structure.observe import Observation, Requirement, observe
+from secateur.structure.traced import Slot, evaluate, extents_in, key, slots_in, solve
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Units that cannot go, and why."""
+
+    parameter: str
+    dim: int
+    units: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """An integer attribute that must change with a cut."""
+
+    slot: Slot
+    value: int
+
+
+@dataclass
+class Structure:
+    """The sites of a model and the arithmetic of cutting them.
+
+    Attributes:
+        observation: what the run showed.
+        sites: name -> site, in the order of the model's parameters.
+        axes: name -> axis, the same keys.
+        frozen: what cannot go and why, one entry for each axis, at its first occurrence.
+        unknown: (module, operator, why) of everything without a rule.
+    """
+
+    observation: Observation
+    sites: dict[str, Site] = field(default_factory=dict)
+    axes: dict[str, Axis] = field(default_factory=dict)
+    frozen: list[Frozen] = field(default_factory=list)
+
+    @property
+    def unknown(self) -> list[tuple[str, str, str]]:
+        """(module, operator, why) of operators without a rule."""
+        return [(module, name, why) for (module, name), why in self.observation.unknown.items()]
+
+    @cached_property
+    def _arithmetic(self) -> Arithmetic:
+        return Arithmetic(self.observation)
+
+    def kept(self, counts: Mapping[str, int]) -> dict[Axis, int]:
+        """Site counts as axis counts."""
+        return {self.axes[name]: units for name, units in counts.items() if units != self.axes[name].size}
+
+    def parameters(self, counts: Mapping[str, int]) -> int:
+        """Parameters of the whole model when every named site keeps that many units."""
+        return self._arithmetic.parameters(self.kept(counts))
+
+    def flops(self, counts: Mapping[str, int]) -> float:
+        """FLOPs of the observed run (multiply-add = 2), for the same counts."""
+        return self._arithmetic.flops(self.kept(counts))
+
+    def changes(self, counts: Mapping[str, int]) -> list[Change]:
+        """The attributes that must change with a cut.
+
+        Raises:
+            ModelError: the code computes a size that does not fit; names where.
+        """
+        changes, broken = consequences(self._index, self.kept(counts))
+        if broken is not None:
+            raise ModelError(f"these counts cannot be cut: {broken.reason}")
+        return changes
+
+    @cached_property
+    def _index(self) -> Index:
+        return Index(self.observation.requirements)
+
+
+class Arithmetic:
+    """Parameters and FLOPs as functions of kept units, with what never changes added up once."""
+
+    def __init__(self, observation: Observation) -> None:
+        self.observation = observation
+        self.parameter_shapes = [tuple(map(resolve, observation.tensors[name])) for name in observation.parameters]
+        self.products = [(one.factor, tuple(map(resolve, one.dims))) for one in observation.products]
+
+    def parameters(self, kept: Mapping[Axis, int]) -> int:
+        """Number of parameters."""
+        return sum(prod(count(dim, kept) for dim in dims) for dims in self.parameter_shapes)
+
+    def flops(self, kept: Mapping[Axis, int]) -> float:
+        """FLOPs of the observed run."""
+        return sum(factor * prod(count(dim, kept) for dim in dims) for factor, dims in self.products)
+
+
+# --- the code's own sizes -------------------------------------------------------------------------
+
+
+class Index:
+    """Which requirements speak of an axis or an attribute."""
+
+    def __init__(self, requirements: Iterable[Requirement]) -> None:
+        self.by_axis: dict[Axis, list[Requirement]] = defaultdict(list)
+        self.by_slot: dict[int, list[Requirement]] = defaultdict(list)
+        for requirement in requirements:
+            for axis in set(involved(requirement)):
+                self.by_axis[axis].append(requirement)
+            for slot in slots_in(requirement.expression):
+                self.by_slot[key(slot)].append(requirement)
+
+
+def involved(requirement: Requirement) -> Iterator[Axis]:
+    """The axes that a requirement speaks of."""
+    yield from axes(requirement.dim)
+    for dim in extents_in(requirement.expression):
+        yield from axes(dim)
+
+
+def consequences(index: Index, kept: Mapping[Axis, int]) -> tuple[list[Change], Requirement | None]:
+    """The attribute changes that a cut needs, and the first requirement that cannot be met."""
+    values: dict[int, int] = {}
+    changed: dict[int, Slot] = {}
+    waiting = _unique(requirement for axis in kept for requirement in index.by_axis[axis])
+    waiting.sort(key=lambda requirement: not isinstance(requirement.expression, Slot))
+    checked = list(waiting)
+    while waiting:
+        requirement = waiting.pop(0)
+        wanted = count(requirement.dim, kept)
+        if evaluate(requirement.expression, kept, values) == wanted:
+            if isinstance(requirement.expression, Slot):
+                values.setdefault(key(requirement.expression), wanted)
+            continue
+        found = solve(requirement.expression, wanted, kept, values)
+        if found is None:
+            return [], requirement
+        slot, value = found
+        values[key(slot)] = value
+        changed[key(slot)] = slot
+        more = [other for other in index.by_slot[key(slot)] if other not in checked]
+        checked += more
+        waiting += more
+    for requirement in checked:
+        if evaluate(requirement.expression, kept, values) != count(requirement.dim, kept):
+            return [], requirement
+    return [Change(slot, values[name]) for name, slot in changed.items()], None
+
+
+def _unique(requirements: Iterable[Requirement]) -> list[Requirement]:
+    return list({id(requirement): requirement for requirement in requirements}.values())
+
+
+def share(observation: Observation) -> None:
+    """Dimensions whose size the code reads from one attribute are one: they must stay equally long."""
+    first: dict[int, Requirement] = {}
+    for requirement in observation.requirements:
+        expression = requirement.expression
+        if isinstance(expression, Slot):
+            other = first.setdefault(key(expression), requirement)
+            if size(other.dim) == size(requirement.dim):
+                unify(other.dim, requirement.dim, f"'{expression}' is the size of several things")
+
+
+def settle(observation: Observation, roots: list[Axis]) -> None:
+    """Freeze every axis that the code's size arithmetic cannot follow, alone or together with the others."""
+    index = Index(observation.requirements)
+    for axis in roots:
+        if axis.frozen is None and axis in index.by_axis:
+            for kept in {axis.size - 1, max(1, axis.size // 2)}:
+                _, broken = consequences(index, {axis: kept})
+                if broken is not None and axis.frozen is None:
+                    axis.frozen = broken.reason
+    rng = random.Random(0)
+    for _ in range(len(roots) + 1):
+        free = [axis for axis in roots if axis.frozen is None and axis in index.by_axis]
+        _, broken = consequences(index, {axis: rng.randint(1, axis.size - 1) for axis in free})
+        if broken is None:
+            return
+        guilty = {axis for axis in involved(broken) if axis.frozen is None}
+        for slot in slots_in(broken.expression):
+            for other in index.by_slot[key(slot)]:
+                guilty |= {axis for axis in involved(other) if axis.frozen is None}
+        for axis in guilty:
+            freeze(axis, broken.reason)
+
+
+# --- sites ----------------------------------------------------------------------------------------
+
+
+def analyse(model: nn.Module, batch: Batch) -> Structure:
+    """Find everything that can be removed from a model. No weights are needed.
+
+    Args:
+        model: any module, its weights may be on the meta device; it is left exactly as it was.
+        batch: example inputs as the model takes them; two samples of it are used.
+
+    Returns:
+        The sites, the frozen rest and the cost arithmetic.
+
+    Raises:
+        ModelError: the model cannot be run on the batch, or the run depends on values.
+    """
+    if batch.tensors:
+        batch = resized(batch, min(2, batch.samples))
+    observation = observe(model, batch)
+    share(observation)
+    roots = _roots(observation)
+    for axis, places in roots.items():
+        used = [place for place in places if place.parameter in observation.parameters]
+        if used and all(place.parameter not in observation.used for place in places):
+            freeze(axis, f"'{used[0].parameter}' takes no part in the run")
+    settle(observation, list(roots))
+    structure = Structure(observation)
+    free = {axis: places for axis, places in roots.items() if axis.frozen is None}
+    _describe(model, structure, {a: p for a, p in free.items() if _has_parameter(observation, p)})
+    structure.frozen = [
+        Frozen(places[0].parameter, places[0].dim, axis.size, axis.frozen)
+        for axis, places in roots.items()
+        if axis.frozen is not None and _has_parameter(observation, places)
+    ]
+    return structure
+
+
+def _has_parameter(observation: Observation, places: list[Occurrence]) -> bool:
+    return any(place.parameter in observation.parameters for place in places)
+
+
+def _roots(observation: Observation) -> dict[Axis, list[Occurrence]]:
+    """Axis -> everywhere it stands in parameters and buffers, in the order of the model."""
+    found: dict[Axis, list[Occurrence]] = defaultdict(list)
+    for name, dims in observation.tensors.items():
+        for d, dim in enumerate(dims):
+            for axis, offset, stride, outer in _places(resolve(dim), 0, 1, ()):
+                for shift in _shifts(outer[:-1]):
+                    times, period = outer[-1] if outer else (1, 0)
+                    found[axis].append(Occurrence(name, d, offset + shift, stride, stride, times, period))
+    return found
+
+
+Outer = tuple[tuple[int, int], ...]
+
+
+def _places(dim: Dim, offset: int, inner: int, outer: Outer) -> Iterator[tuple[Axis, int, int, Outer]]:
+    """(axis, offset, indices of one unit, (copies, distance) outside of it) for every axis in a dimension."""
+    if isinstance(dim, Axis):
+        yield dim, offset, inner, outer
+    elif isinstance(dim, Concat):
+        for part in dim.parts:
+            yield from _places(part, offset, inner, outer)
+            offset += size(part) * inner
+    elif not isinstance(dim, int):
+        before, after = 1, dim.size
+        for part in dim.parts:
+            after //= size(part)
+            here = ((before, size(part) * after * inner),) if before > 1 else ()
+            yield from _places(part, offset, after * inner, outer + here)
+            before *= size(part)
+
+
+def _shifts(outer: Outer) -> Iterator[int]:
+    if not outer:
+        yield 0
+        return
+    (times, period), rest = outer[0], outer[1:]
+    for t in range(times):
+        for shift in _shifts(rest):
+            yield t * period + shift
+
+
+def _describe(model: nn.Module, structure: Structure, free: dict[Axis, list[Occurrence]]) -> None:
+    arithmetic = structure._arithmetic
+    everything = arithmetic.parameters({})
+    labels = kinds_of(model, structure.observation, free)
+    used: dict[str, int] = defaultdict(int)
+    marginal = _marginal_costs(structure.observation, free)
+    for axis, places in free.items():
+        kind, name = labels[axis]
+        used[name] += 1
+        unique = name if used[name] == 1 else f"{name}#{used[name]}"
+        structure.axes[unique] = axis
+        structure.sites[unique] = Site(unique, kind, (axis.size,), cost=marginal[axis], occurrences=tuple(places))
+    if not structure.sites and not everything:
+        raise ModelError(f"{type(model).__name__} has no parameters")
+
+
+def _marginal_costs(observation: Observation, free: Iterable[Axis]) -> dict[Axis, int]:
+    """Parameters that vanish with one unit of an axis while everything else stays."""
+    costs = dict.fromkeys(free, 0)
+    for name in observation.parameters:
+        dims = tuple(map(resolve, observation.tensors[name]))
+        total = prod(map(size, dims))
+        for axis in {axis for dim in dims for axis in axes(dim)}:
+            if axis in costs:
+                costs[axis] += total - prod(count(dim, {axis: axis.size - 1}) for dim in dims)
+    return costs
+
+
+def mask_counts(masks: Mapping[str, Any]) -> dict[str, int]:
+    """Kept units by site, from keep-masks."""
+    return {name: int(mask.sum()) for name, mask in masks.items()}
+
+

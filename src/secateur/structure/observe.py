@@ -1,0 +1,620 @@
+"""One run of a model without its weights, watched operator by operator.
+
+Parameters become meta tensors with one fresh axis per dimension. What does not depend on them
+(token ids, masks, rotary angles) is computed for real, so that code which looks at values works;
+what does is never computed, only its shape. Two modes watch: functions as Python calls them, for the
+sizes that code passes (see `traced`), and the operators below them, for the axes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from secateur.core.errors import ModelError, SecateurError
+from secateur.core.method import Batch
+from secateur.data.batches import run as run_model
+from secateur.data.running import device_of, evaluating
+from secateur.structure import traced
+from secateur.structure.dims import Axis, Dim, axes, freeze, resolve, size, unify
+from secateur.structure.sizes import SIZED, sizes_of
+from secateur.structure.table import FUNCTIONS, OPERATORS, Call
+from secateur.structure.traced import Expression, Extent, Number, Slot
+
+SMALL = 2**22  # buffers up to this many elements are computed with for real
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """The code computes `expression`, and the tensor there will have the size of `dim`."""
+
+    expression: Expression
+    dim: Dim
+    reason: str
+
+
+@dataclass(frozen=True)
+class Product:
+    """Multiply-adds of one operator: `factor` times the sizes of `dims`."""
+
+    module: str
+    operator: str
+    factor: float
+    dims: tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A function that counts units of an axis, so that a removed unit is not the same as a zero."""
+
+    call: int
+    operator: str
+    inputs: tuple[tuple[Dim, ...], ...]
+    dims: tuple[Dim, ...]
+    reason: str
+
+
+@dataclass
+class Observation:
+    """What one run showed.
+
+    Attributes:
+        tensors: parameter or buffer name -> its dimensions.
+        parameters: which of them are parameters.
+        aliases: name -> the first name of the same tensor.
+        requirements: sizes that the code computes or reads.
+        products: where the FLOPs are.
+        statistics: call number -> functions that count units.
+        results: call number -> dimensions of the float tensors it returned.
+        unknown: (module, operator) without a rule.
+        used: parameters that took part.
+    """
+
+    tensors: dict[str, tuple[Dim, ...]] = field(default_factory=dict)
+    parameters: set[str] = field(default_factory=set)
+    aliases: dict[str, str] = field(default_factory=dict)
+    requirements: list[Requirement] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
+    statistics: dict[int, list[Statistic]] = field(default_factory=dict)
+    results: dict[int, tuple[tuple[Dim, ...] | None, ...]] = field(default_factory=dict)
+    calls: dict[int, str] = field(default_factory=dict)
+    unknown: dict[tuple[str, str], str] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+    roles: list[tuple[str, Dim, str]] = field(default_factory=list)
+
+
+class Observer:
+    """The state of an observed run; what rules talk to."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.found = Observation()
+        self.device = device_of(model) if device_of(model).type != "meta" else torch.device("cpu")
+        self.stack: list[str] = [""]
+        self.call = 0
+        self.name = ""
+        self.bypass = False
+        self.sizes: list[Expression | None] | None = None
+        self.slices: list[tuple[Any, Any]] = []
+
+    # --- what rules use -----------------------------------------------------------------------
+
+    @property
+    def module(self) -> str:
+        """Qualified name of the module that is running."""
+        return self.stack[-1]
+
+    def leave(self) -> None:
+        """The running module has ended."""
+        self.stack.pop()
+
+    def reason(self, text: str) -> str:
+        """A sentence's end that says where."""
+        return f"{text} in '{self.module or type(self.model).__name__}' ({self.name.removeprefix('aten::')})"
+
+    def dims(self, tensor: Tensor) -> tuple[Dim, ...]:
+        """The dimensions of a tensor, resolved."""
+        found = getattr(tensor, "_axes", None)
+        if found is None:
+            return tuple(tensor.shape)
+        name = getattr(tensor, "_parameter", None)
+        if name is not None:
+            self.found.used.add(name)
+        return tuple(resolve(dim) for dim in found)
+
+    def set(self, tensor: Tensor, dims: tuple[Dim, ...] | list[Dim]) -> None:
+        """Say what the dimensions of a result are."""
+        if tuple(map(size, dims)) != tuple(tensor.shape):
+            raise AssertionError(f"rule of {self.name}: {dims} for a tensor {list(tensor.shape)}")
+        if any(not isinstance(dim, int) for dim in dims) or hasattr(tensor, "_axes"):
+            tensor._axes = tuple(dims)  # type: ignore[attr-defined]
+
+    def same(self, a: Dim, b: Dim, why: str = "must match a fixed size") -> Dim:
+        """The two dimensions are one from now on."""
+        unify(a, b, self.reason(why))
+        return resolve(a)
+
+    def settings(self, dims: Iterable[Dim]) -> None:
+        """These dimensions of a parameter, such as a kernel's, hold no units at all."""
+        for dim in dims:
+            for axis in axes(dim):
+                axis.link = axis.size
+
+    def fix(self, dim: Dim, why: str) -> None:
+        """No unit of this dimension can go."""
+        if not isinstance(dim, int):
+            freeze(dim, self.reason(why))
+
+    def require(self, expression: Expression | None, dim: Dim) -> None:
+        """The code's own idea of a size; None where the code leaves it open."""
+        if expression is None or (isinstance(expression, int) and isinstance(resolve(dim), int)):
+            return
+        self.found.requirements.append(Requirement(expression, dim, self.reason("the code fixes a size")))
+
+    def created(self, n: int, expression: Expression | None) -> Dim:
+        """A dimension that the code makes: an axis that can follow where the size is computed, else a constant."""
+        if n <= 1 or expression is None or isinstance(expression, int):
+            return n
+        axis = Axis(n)
+        self.require(expression, axis)
+        return axis
+
+    def multiply(self, factor: float, *dims: Dim) -> None:
+        """Count multiply-adds as two FLOPs each."""
+        self.found.products.append(Product(self.module, self.name, 2.0 * factor, tuple(map(resolve, dims))))
+
+    def statistic(self, dims: list[Dim], tensors: list[Tensor]) -> None:
+        """This call counts the units of `dims`."""
+        live = tuple(dim for dim in map(resolve, dims) if not isinstance(dim, int))
+        if live:
+            inputs = tuple(self.dims(tensor) for tensor in tensors)
+            entry = Statistic(self.call, self.name, inputs, live, self.reason("counted"))
+            self.found.statistics.setdefault(self.call, []).append(entry)
+
+    def role(self, kind: str, dim: Dim) -> None:
+        """Remember what an operator makes of a dimension, e.g. attention heads."""
+        if not isinstance(dim, int):
+            self.found.roles.append((kind, dim, self.module))
+
+    def make(self, shape: tuple[int, ...] | list[int], like: Tensor) -> Tensor:
+        """An empty result of a function rule."""
+        self.bypass = True
+        try:
+            return torch.empty(tuple(shape), dtype=like.dtype, device="meta")
+        finally:
+            self.bypass = False
+
+    def unknown(self, call: Call, why: str = "no rule for this operator") -> None:
+        """Freeze everything that the call touches and list it."""
+        self.found.unknown.setdefault((self.module, self.name), why)
+        for tensor in call.tensors:
+            for dim in self.dims(tensor):
+                self.fix(dim, why)
+
+    # --- functions ----------------------------------------------------------------------------
+
+    def on_function(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One function as Python called it."""
+        self.call += 1
+        if func is SHAPE or func is SIZE:
+            return self._extent(func, args, kwargs)
+        rule = FUNCTIONS.get(func)
+        if rule is not None:
+            return self._remember(func, self._by_function_rule(rule, func, args, kwargs))
+        if _has_number((*args, *kwargs.values())):
+            known = sizes_of(func, args, kwargs)
+            if known is None:
+                self._constants(func, args, kwargs)
+            else:
+                self.sizes, self.slices = known
+        elif func in SIZED:
+            known = sizes_of(func, args, kwargs)
+            if known is not None:
+                self.sizes, self.slices = known
+        try:
+            return self._remember(func, func(*args, **kwargs))
+        finally:
+            self.sizes, self.slices = None, []
+
+    def _remember(self, func: Callable[..., Any], out: Any) -> Any:
+        tensors = out if isinstance(out, (list, tuple)) else (out,)
+        dims = tuple(getattr(item, "_axes", None) if isinstance(item, Tensor) else None for item in tensors)
+        if any(one is not None for one in dims):
+            self.found.results[self.call] = dims
+            self.found.calls[self.call] = getattr(func, "__name__", "")
+        return out
+
+    def _by_function_rule(
+        self, rule: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        call = Call(getattr(func, "__name__", "function"), args, kwargs)
+        self.name = call.name
+        if not any(tensor.is_meta for tensor in call.tensors):
+            self.bypass = True
+            try:
+                call.out = func(*args, **kwargs)
+            finally:
+                self.bypass = False
+            if not any(hasattr(tensor, "_axes") for tensor in call.tensors):
+                return call.out
+        rule(self, call)
+        return call.out
+
+    def _extent(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found = func(*args, **kwargs)
+        dims = getattr(args[0], "_axes", None)
+        if dims is None:
+            return found
+        if isinstance(found, int):
+            which = args[1] if len(args) > 1 else kwargs["dim"]
+            return _numbered(found, dims[which])
+        return torch.Size([_numbered(value, dim) for value, dim in zip(found, dims, strict=True)])
+
+    def _constants(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Numbers in a function that takes no sizes are quantities: they must stay what they are."""
+        self.name = getattr(func, "__name__", "function")
+        for item in _flat((*args, *kwargs.values())):
+            if isinstance(item, Number):
+                self.constant(item)
+
+    def constant(self, number: Number) -> None:
+        """The code computes with this size: it must not change."""
+        why = self.reason("the size itself is computed with")
+        self.found.requirements.append(Requirement(number.how, traced.plain(number), why))
+
+    # --- operators ----------------------------------------------------------------------------
+
+    def on_operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One ATen operator."""
+        if self.bypass:
+            return func(*args, **kwargs)
+        name, rule, mutates = _lookup(func)
+        call = Call(name, args, kwargs)
+        tensors = call.tensors
+        symbolic = any(tensor.is_meta for tensor in tensors)
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "meta" and (not symbolic or tensors):
+            kwargs = kwargs | {"device": None if symbolic else self.device}
+        if not symbolic:
+            call.out = func(*args, **kwargs)
+            if not (self.sizes or any(hasattr(tensor, "_axes") for tensor in tensors)):
+                return call.out
+        else:
+            call.out = self._without_values(func, name, args, kwargs)
+        self.name = name
+        call.sizes = self.sizes
+        if rule is not None:
+            rule(self, call)
+        else:
+            self.unknown(call)
+        return call.out
+
+    def _without_values(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name in INVENTED:
+            return INVENTED[name](self, func, args, kwargs)
+        if name in ("aten::equal", "aten::is_nonzero"):
+            return False
+        try:
+            return func(*_to_meta(args), **{key: _to_meta((value,))[0] for key, value in kwargs.items()})
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            self.name = name
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ModelError(
+                f"{type(self.model).__name__} cannot be observed without computing values: {self.reason('stopped')}: "
+                f"{first}; its structure depends on data or on an operator without shape rules"
+            ) from error
+
+
+def _numbered(value: int, dim: Dim) -> int:
+    return value if isinstance(resolve(dim), int) else Number.made(value, Extent(dim))
+
+
+def _flat(items: Any) -> Iterator[Any]:
+    for item in items:
+        if isinstance(item, (list, tuple)):
+            yield from _flat(item)
+        elif isinstance(item, slice):
+            yield from (item.start, item.stop, item.step)
+        else:
+            yield item
+
+
+def _has_number(items: Any) -> bool:
+    for item in items:
+        kind = type(item)
+        if kind is Number:
+            return True
+        if kind in (tuple, list, torch.Size, slice) and any(type(one) is Number for one in _flat((item,))):
+            return True
+    return False
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    if tensor.is_meta:
+        return tensor
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _to_meta(args: Any) -> list[Any]:
+    moved: list[Any] = []
+    for item in args:
+        if isinstance(item, Tensor):
+            moved.append(_meta(item))
+        elif isinstance(item, (list, tuple)) and any(isinstance(inner, Tensor) for inner in item):
+            moved.append(_to_meta(item))
+        elif isinstance(item, torch.device):
+            moved.append(torch.device("meta"))
+        else:
+            moved.append(item)
+    return moved
+
+
+_KNOWN: dict[Any, tuple[str, Any, bool]] = {}
+
+
+def _lookup(func: Any) -> tuple[str, Any, bool]:
+    """(name, rule, whether it changes its first argument) of an operator."""
+    known = _KNOWN.get(func)
+    if known is None:
+        name = func._schema.name
+        mutates = func._schema.is_mutable
+        plain = name.removesuffix("_") if mutates else name
+        rule = OPERATORS.get(name) or OPERATORS.get(plain)
+        if rule is None and torch.Tag.pointwise in func.tags:
+            rule = OPERATORS["elementwise"]
+        known = (plain, rule, mutates)
+        if rule is not None:
+            _KNOWN[func] = known
+    return known
+
+
+# --- results that are made up because values decide them ------------------------------------------
+
+
+def _ranks(n: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Indices in which every value occurs in turn: no branch that depends on a ranking is missed."""
+    return (torch.arange(max(1, torch.Size(shape).numel()), device=device) % n)[: torch.Size(shape).numel()].view(shape)
+
+
+def _invent_ranking(run: Observer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """topk, sort, max with a dimension: values without numbers, indices made up."""
+    out = func(*_to_meta(args), **kwargs)
+    x = args[0]
+    position = {"aten::topk": 2}.get(func._schema.name, 1)
+    dim = next((item for item in (kwargs.get("dim"), *args[position : position + 1]) if item is not None), -1)
+    n = x.shape[dim] if x.dim() else 1
+    return out[0], _ranks(n, tuple(out[1].shape), run.device)
+
+
+def _invent_index(run: Observer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    out = func(*_to_meta(args), **kwargs)
+    dim = args[1] if len(args) > 1 and args[1] is not None else None
+    n = args[0].numel() if dim is None else args[0].shape[dim]
+    return _ranks(n, tuple(out.shape), run.device)
+
+
+def _invent_scalar(run: Observer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if args[0].dtype == torch.bool:
+        return False  # checks such as isnan(x).any(): the usual branch
+    run.name = func._schema.name
+    raise ModelError(
+        f"{type(run.model).__name__} cannot be observed without computing values: {run.reason('a value is read')}; "
+        "its structure depends on the data"
+    )
+
+
+def _invent_nonzero(run: Observer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(torch.ones(args[0].shape, dtype=torch.bool, device=run.device))
+
+
+INVENTED: dict[str, Callable[..., Any]] = {
+    "aten::topk": _invent_ranking,
+    "aten::sort": _invent_ranking,
+    "aten::argmax": _invent_index,
+    "aten::argmin": _invent_index,
+    "aten::argsort": _invent_index,
+    "aten::nonzero": _invent_nonzero,
+    "aten::_local_scalar_dense": _invent_scalar,
+}
+
+
+# --- the two modes --------------------------------------------------------------------------------
+
+SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
+SIZE = torch.Tensor.size
+
+
+class _Functions(TorchFunctionMode):
+    def __init__(self, observer: Observer) -> None:
+        super().__init__()
+        self.observer = observer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == SHAPE:
+            func = SHAPE
+        return self.observer.on_function(func, args, kwargs or {})
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self, observer: Observer) -> None:
+        super().__init__()
+        self.observer = observer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.observer.on_operator(func, args, kwargs or {})
+
+
+# --- the model during the run ---------------------------------------------------------------------
+
+TORCH_SIZES = {
+    "groups",
+    "num_groups",
+    "normalized_shape",
+    "num_features",
+    "num_heads",
+    "embed_dim",
+    "hidden_size",
+    "input_size",
+    "proj_size",
+    "unflattened_size",
+    "upscale_factor",
+}
+"""Attributes of torch's own modules that say how many units there are; all others are settings."""
+
+
+@contextlib.contextmanager
+def _stand_ins(observer: Observer) -> Iterator[None]:
+    """Meta parameters, traced buffers and traced integers inside the block; everything as before afterwards."""
+    model = observer.model
+    saved = [
+        (module, dict(vars(module)), dict(module._parameters), dict(module._buffers)) for module in model.modules()
+    ]
+    others: dict[int, tuple[Any, dict[str, Any]]] = {}
+    made: dict[int, Tensor] = {}
+    try:
+        for name, module in model.named_modules():
+            _replace_tensors(observer, name, module, made)
+            _replace_integers(observer, name, module, others)
+        yield
+    finally:
+        for module, attributes, parameters, buffers in saved:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        for other, attributes in others.values():
+            vars(other).update(attributes)
+
+
+def _replace_tensors(observer: Observer, prefix: str, module: nn.Module, made: dict[int, Tensor]) -> None:
+    for group in (module._parameters, module._buffers):
+        for name, tensor in list(group.items()):
+            if tensor is None:
+                continue
+            full = f"{prefix}.{name}" if prefix else name
+            if id(tensor) not in made:
+                made[id(tensor)] = _stand_in(observer, full, tensor, group is module._parameters)
+            observer.found.aliases[full] = made[id(tensor)]._parameter  # type: ignore[attr-defined]
+            group[name] = made[id(tensor)]  # type: ignore[assignment]
+    if isinstance(module, nn.RNNBase):
+        vars(module)["_flat_weights"] = [getattr(module, name, None) for name in module._flat_weights_names]
+
+
+def _stand_in(observer: Observer, name: str, tensor: Tensor, is_parameter: bool) -> Tensor:
+    if is_parameter or tensor.numel() > SMALL or tensor.is_meta:
+        made = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+        if is_parameter:
+            made = nn.Parameter(made, requires_grad=False)
+    else:
+        made = tensor.detach().clone()
+    dims = tuple(Axis(n) if n > 1 else n for n in tensor.shape)
+    made._axes = dims  # type: ignore[attr-defined]
+    made._parameter = name  # type: ignore[attr-defined]
+    observer.found.tensors[name] = dims
+    if is_parameter:
+        observer.found.parameters.add(name)
+    return made
+
+
+def _replace_integers(
+    observer: Observer, prefix: str, module: nn.Module, others: dict[int, tuple[Any, dict[str, Any]]]
+) -> None:
+    own = type(module).__module__.startswith("torch.nn.")
+    for name, value in list(vars(module).items()):
+        if name.startswith("_") or (own and name not in TORCH_SIZES):
+            continue
+        new = _numbers(value, module, name, prefix or type(module).__name__)
+        if new is not None:
+            vars(module)[name] = new
+        elif hasattr(value, "to_dict") and not isinstance(value, nn.Module) and id(value) not in others:
+            _replace_in_config(value, f"{prefix}.{name}" if prefix else name, others)
+
+
+def _replace_in_config(config: Any, where: str, others: dict[int, tuple[Any, dict[str, Any]]]) -> None:
+    before = dict(vars(config))
+    others[id(config)] = (config, before)
+    for name, value in before.items():
+        new = _numbers(value, config, name, where)
+        if new is not None and not name.startswith("_"):
+            vars(config)[name] = new
+
+
+def _numbers(value: Any, owner: Any, name: str, where: str) -> Any:
+    """Traced integers in place of plain ones; None for anything else."""
+    if type(value) is int:
+        return Number.made(value, Slot(owner, name, None, value, where)) if value > 1 else None
+    if type(value) in (tuple, list, torch.Size) and value and all(type(item) is int for item in value):
+        items = [Number.made(item, Slot(owner, name, i, item, where)) for i, item in enumerate(value)]
+        return items if type(value) is list else tuple(items)
+    return None
+
+
+def observe(model: nn.Module, batch: Batch) -> Observation:
+    """Run the model once without its weights and see what belongs together.
+
+    Args:
+        model: any module; its weights may be on the meta device. It is left exactly as it was.
+        batch: example inputs; two samples are enough.
+
+    Raises:
+        ModelError: the run fails or depends on values; names the module and operator.
+    """
+    import secateur.structure.rules  # noqa: F401  (fills the table)
+
+    observer = Observer(model)
+    pre = register_module_forward_pre_hook(lambda module, _: observer.stack.append(observer.names.get(id(module), "")))
+    post = register_module_forward_hook(lambda *_: observer.leave(), always_call=True)
+    traced.observers.append(observer.constant)
+    try:
+        moved = batch.to(observer.device)
+        with evaluating(model), _stand_ins(observer), _Operators(observer), _Functions(observer):
+            output = run_model(model, moved)
+        _protect_outputs(observer, output)
+    except SecateurError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise ModelError(
+            f"{type(model).__name__} cannot be observed: it stopped in '{observer.module}' ({observer.name}): {reason}"
+        ) from error
+    finally:
+        traced.observers.remove(observer.constant)
+        pre.remove()
+        post.remove()
+    return observer.found
+
+
+def _protect_outputs(observer: Observer, output: Any) -> None:
+    seen: set[int] = set()
+
+    def visit(item: Any) -> None:
+        if isinstance(item, Tensor):
+            for dim in getattr(item, "_axes", ()):
+                freeze(dim, "it is an output of the model")
+        elif isinstance(item, dict):
+            for value in item.values():
+                visit(value)
+        elif isinstance(item, (list, tuple)):
+            for value in item:
+                visit(value)
+        elif hasattr(item, "__dict__") and id(item) not in seen:
+            seen.add(id(item))
+            visit(vars(item))
+
+    visit(output)
+
+
+def live(dim: Dim) -> bool:
+    """Whether the dimension holds an axis that may lose units."""
+    return any(axis.frozen is None for axis in axes(dim))
