@@ -1,0 +1,6 @@
+"""Makes `networks` importable whichever way pytest collects this folder."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
