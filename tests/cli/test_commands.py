@@ -24,6 +24,7 @@ COMMANDS = [
     ["apply"],
     ["diff"],
     ["bench"],
+    ["export"],
     ["report"],
     ["reproduce"],
     ["zoo", "list"],

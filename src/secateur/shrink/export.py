@@ -119,11 +119,12 @@ def export(
 ) -> ExportReport:
     """Write a model that runs without this library and without the model's own code.
 
-    A `.pt2` file is a zip archive made by `torch.export.save`, with the weights as raw bytes, not pickles;
-    `torch.export.load(file).module()` runs it, called as the probe calls the model. A `.onnx` file is made by torch's exporter and runs in
-    onnxruntime; its inputs are named as in the model's `forward`. From 1.5 GB on its weights stand
-    beside it in `NAME.onnx.data`. Both give one tensor, the logits; a transformers model runs
-    without key/value cache. Sizes other than the batch, a text's length for one, are the probe's.
+    A `.pt2` file is a zip archive made by `torch.export.save`, with the weights as raw bytes, not
+    pickles; `torch.export.load(file).module()` runs it, called as the probe calls the model. A
+    `.onnx` file is made by torch's exporter and runs in onnxruntime; its inputs are named as in the
+    model's `forward`. From 1.5 GB on its weights stand beside it in `NAME.onnx.data`. Both give one
+    tensor, the logits; a transformers model runs without key/value cache. Sizes other than the
+    batch, a text's length for one, are the probe's. Neither holds the probe or paths of this machine.
 
     Args:
         model: in any mode, with masks and removals applied; it is left as it was.
@@ -141,6 +142,7 @@ def export(
     Raises:
         OutputError: the file exists or cannot be written, or its outputs differ; no file is left.
         ModelError: the model cannot be exported; names the operator or the line.
+        DataError: the probe has inputs that an exported file cannot take.
         SettingsError: an unknown suffix or an opset that does not go with this model.
         MissingExtraError: a package for ONNX is not installed.
     """
@@ -149,10 +151,10 @@ def export(
     _check_settings(model, kind, verify, opset)
     _check_free(target, force)
     probe = Batch(probe.args, probe.kwargs).to(device_of(model))
+    wrapped = Logits(model, probe)
     traced = resized(probe, 2) if dynamic_batch and probe.samples == 1 else probe  # torch fixes sizes 0 and 1
     with evaluating(model), _whole_file(target, force) as file:
         logits(model, probe)
-        wrapped = Logits(model, probe)
         program = _traced(wrapped, _tensors(traced), dynamic_batch)
         found = _write(program, file, kind, opset, wrapped.names)
         size = sum(path.stat().st_size for path in file.parent.iterdir())
@@ -185,6 +187,8 @@ class Logits(nn.Module):
         self._constants = {name: item for name, item in inputs.items() if not isinstance(item, Tensor)}
         self._keywords = tuple(probe.kwargs)
         self.names = [name for name in inputs if name not in self._constants]
+        if not self.names:
+            raise DataError("export needs a probe with at least one tensor; give a batch of the model's inputs")
         # torch.export reads the names from the signature, and mixes up `**kwargs` with a dynamic size
         self.forward = self._named(inspect.Signature([_parameter(name) for name in self.names]))
 
@@ -277,7 +281,9 @@ def _whole_file(target: Path, force: bool) -> Iterator[Path]:
         for path in written:
             os.replace(path, target.with_name(path.name))
     except OSError as error:
-        raise OutputError(f"'{target}' could not be written: {error.strerror or error}; choose another place") from error
+        raise OutputError(
+            f"'{target}' could not be written: {error.strerror or error}; choose another place"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
