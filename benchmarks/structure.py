@@ -128,7 +128,7 @@ def known(model: nn.Module, inputs: Inputs) -> Known:
     for config in (getattr(module, "config", None) for module in model.modules()):
         if hasattr(config, "use_cache"):
             config.use_cache = False  # a cache is an output like any other, and would freeze what makes it
-    found = Known(output_layers(model, tensors(model(*inputs[0], **inputs[1]))))
+    found = Known(output_layers(model, inputs))
     for module in model.modules():
         found.heads |= attention_heads(module)
         found.whole |= hasattr(module, "q_proj") and hasattr(getattr(module, "config", None), "rope_parameters")
@@ -142,33 +142,27 @@ def tensors(outputs: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
-def output_layers(model: nn.Module, outputs: list[Tensor]) -> list[nn.Module]:
+def output_layers(model: nn.Module, inputs: Inputs) -> list[nn.Module]:
     """Layers from which autograd's graph leads to an output with no other layer in between."""
     layers = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
-    owners: dict[int, nn.Module] = {}
-    for module in model.modules():  # outer modules come first, and keep what is inside of them
-        if isinstance(module, layers):
-            weights = (parameter for parameter in module.parameters() if parameter.dim() >= 2)
-            owners |= {id(weight): module for weight in weights if id(weight) not in owners}
+    makers: dict[Any, nn.Module] = {}
+
+    def made(module: nn.Module, _: Any, outputs: Any) -> None:
+        makers.update(dict.fromkeys((output.grad_fn for output in traced(outputs)), module))
+
+    hooks = [module.register_forward_hook(made) for module in model.modules() if isinstance(module, layers)]
+    stack, seen = [output.grad_fn for output in traced(model(*inputs[0], **inputs[1]))], set[Any]()
+    for hook in hooks:
+        hook.remove()
     found: dict[nn.Module, None] = {}
-    stack, seen = [output.grad_fn for output in outputs], set[Any]()
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        following = [child for child, _ in node.next_functions]
-        owned = [owners[id(leaf)] for leaf in map(leaf_behind, following) if id(leaf) in owners]
-        found |= dict.fromkeys(owned)
-        stack += [] if owned else following
+        if node in makers:
+            found[makers[node]] = None
+        elif node is not None and node not in seen:
+            seen.add(node)
+            stack += [child for child, _ in node.next_functions]
     return list(found)
-
-
-def leaf_behind(node: Any) -> Tensor | None:
-    """The parameter that a graph node leads to through operations of one operand, such as a transposition."""
-    while node is not None and len(node.next_functions) == 1:
-        node = node.next_functions[0][0]
-    return getattr(node, "variable", None)
 
 
 def attention_heads(module: nn.Module) -> dict[nn.Module, int]:
