@@ -14,6 +14,7 @@ from secateur.core.errors import DataError, OutputError, PlanError
 from secateur.core.method import Batch
 from secateur.core.plan import DOCUMENT, Plan
 from secateur.core.tags import axes
+from secateur.data.probe import probe_for
 from secateur.data.running import resized
 from secateur.io.data import open_data
 from secateur.io.models import OpenedModel, open_model
@@ -24,7 +25,7 @@ from secateur.report import Record, write
 from secateur.shrink.apply import apply_ as apply_to
 from secateur.shrink.export import ExportReport, export
 from secateur.shrink.folder import OWN
-from secateur.shrink.save import make_probe, save
+from secateur.shrink.save import save
 
 
 def find_plan(place: Path) -> Plan:
@@ -246,7 +247,7 @@ def _probe(opened: OpenedModel, data: str | None, batch: int, seed: int) -> Batc
     source = data or opened.data
     if source:
         return resized(Batch((open_data(source, opened, seed).calibration.inputs,)), batch)
-    made = make_probe(opened.model)
+    made = probe_for(opened.model)
     if made is None:
         raise DataError(f"'{opened.name}' has to be run once to be exported; give samples with --data")
     return resized(made, batch)

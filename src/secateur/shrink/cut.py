@@ -99,6 +99,9 @@ def check_cut(plan: Plan, structure: Structure) -> None:
             )
         if structure.sites[name].occurrences != plan.sites[name].occurrences:
             raise PlanError(f"'{name}' has other occurrences in this model than in the plan; plan it on this model")
+        multiple = structure.multiples.get(name, 1)
+        if plan.kept(name) % multiple:
+            raise PlanError(f"'{name}' must keep a multiple of {multiple} units (its kernel's rule), not {plan.kept(name)}")
         if not plan.kept(name):
             raise PlanError(f"'{name}' would lose all of its {plan.sites[name].units} units; keep at least one")
 
@@ -189,14 +192,25 @@ def install(model: nn.Module, cut: Cut) -> Undo:
         tensor.grad = None
         tensor.data = value
     attributes = set_attributes(model, cut.attributes)
+    forget_cached(model)
 
     def undo() -> None:
         attributes()
         for tensor, data, grad in reversed(before):
             tensor.data = data
             tensor.grad = grad
+        forget_cached(model)
 
     return undo
+
+
+def forget_cached(model: nn.Module) -> None:
+    """Some modules keep values computed from their parameters while in eval mode, and drop them in train mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    model.eval()
+    for module, training in modes:
+        module.training = training
 
 
 def set_attributes(model: nn.Module, changes: list[AttributeChange]) -> Undo:

@@ -54,28 +54,39 @@ def reference(model: nn.Module, plan: Plan, structure: Structure, batch: Batch) 
     """
     masks = {structure.axes[name]: plan.masks[name] for name in structured(plan) if not bool(plan.masks[name].all())}
     batch = batch.to(device_of(model))
-    with evaluating(model), _Masked(structure, masks):
+    with evaluating(model), _Masked(model, structure, masks):
         return run(model, batch)
 
 
 class _Masked(TorchFunctionMode):
-    def __init__(self, structure: Structure, masks: Mapping[Axis, Tensor]) -> None:
+    def __init__(self, model: nn.Module, structure: Structure, masks: Mapping[Axis, Tensor]) -> None:
         super().__init__()
         self.found = structure.observation
         self.masks = masks
+        self.raw = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers()) if t.numel()}
         self.call = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.call += 1
-        call, kwargs = self.call, kwargs or {}
-        counted = [entry for entry in self.found.statistics.get(call, ()) if self._touched(entry.dims)]
+        kwargs = kwargs or {}
+        call = self.call + 1
+        name = getattr(func, "__name__", "function")
+        entries = [entry for entry in self.found.statistics.get(call, ()) if entry.function == name]
+        counted = [entry for entry in entries if self._touched(entry.dims)]
         if counted:
-            out = self._counting(func, args, kwargs, counted[0])
+            out = self._counting(func, args, kwargs, counted[0], call)
         else:
             out = func(*args, **kwargs)
-        if call in self.found.results and not _shares(out, (*args, *kwargs.values())):
+        if not _holds_tensors(out):
+            return out
+        self.call = call
+        if call not in self.found.results:
+            return out
+        source = _shared(out, (*args, *kwargs.values()))
+        if source is None:
             return self._silenced(func, out, self.found.results[call])
-        return out
+        if source.untyped_storage().data_ptr() in self.raw:
+            return self._silenced(func, _copied(out), self.found.results[call])
+        return out  # a view of what is silent already
 
     def _touched(self, dims: tuple[Dim, ...]) -> bool:
         return any(axis in self.masks for dim in dims for axis in axes(dim))
@@ -100,25 +111,45 @@ class _Masked(TorchFunctionMode):
                 out = out.masked_fill_(~keep.view(-1, *[1] * (out.dim() - d - 1)), 0)
         return out
 
-    def _counting(self, func: Any, args: Any, kwargs: Any, entry: Any) -> Any:
+    def _counting(self, func: Any, args: Any, kwargs: Any, entry: Any, call: int) -> Any:
         name = getattr(func, "__name__", "")
         rule = COUNTING.get(name)
         if rule is None:
             raise ModelError(f"'{name}' counts units and has no masked form to compare a cut with ({entry.reason})")
-        keeps = [
-            [keep_of(dim, self.masks) if self._touched((dim,)) else None for dim in dims] for dims in entry.inputs
-        ]
-        return rule(func, keeps, args, kwargs)
+        out = rule(func, [self._keeps(dims) for dims in entry.inputs], args, kwargs)
+        rows = self.found.results.get(call, ())
+        if not isinstance(out, (list, tuple)):
+            return self._whole(out, rows[0] if rows else None)
+        whole = [self._whole(item, row) for item, row in zip(out, rows, strict=True)] if rows else list(out)
+        return type(out)(whole)
+
+    def _keeps(self, dims: tuple[Dim, ...]) -> list[Tensor | None]:
+        return [keep_of(dim, self.masks) if self._touched((dim,)) else None for dim in dims]
+
+    def _whole(self, out: Any, dims: tuple[Dim, ...] | None) -> Any:
+        """A result over kept units at its full size, zeros elsewhere."""
+        if dims is None or not isinstance(out, Tensor) or tuple(out.shape) == tuple(map(size, dims)):
+            return out
+        return _scattered(out, torch.Size(map(size, dims)), self._keeps(dims))
 
 
-def _shares(out: Any, args: tuple[Any, ...]) -> bool:
-    """Whether a result is a view of an argument, which is silent already; an in-place result is none."""
+def _holds_tensors(out: Any) -> bool:
+    return any(isinstance(item, Tensor) for item in (out if isinstance(out, (list, tuple)) else (out,)))
+
+
+def _shared(out: Any, args: tuple[Any, ...]) -> Tensor | None:
+    """The argument that a result is a view of; an in-place result is none."""
     first = out[0] if isinstance(out, (list, tuple)) and out else out
     if not isinstance(first, Tensor):
-        return False
+        return None
     storage = first.untyped_storage().data_ptr()
-    inputs = [item for item in args if isinstance(item, Tensor)]
-    return any(item is not first and item.untyped_storage().data_ptr() == storage for item in inputs)
+    inputs = [item for item in args if isinstance(item, Tensor) and item is not first]
+    return next((item for item in inputs if item.untyped_storage().data_ptr() == storage), None)
+
+
+def _copied(out: Any) -> Any:
+    """Views of a parameter are silenced as copies: the parameter keeps its values."""
+    return out.clone() if isinstance(out, Tensor) else type(out)([item.clone() for item in out])
 
 
 Keeps = list[list[Tensor | None]]
@@ -142,72 +173,41 @@ def _scattered(x: Tensor, shape: torch.Size, keeps: list[Tensor | None]) -> Tens
 
 def _layer_norm(func: Any, keeps: Keeps, args: Any, kwargs: Any) -> Tensor:
     """Layer and RMS norm over the kept units."""
-    names = ("input", "normalized_shape", "weight", "bias", "eps") if "layer" in func.__name__ else (
-        "input",
-        "normalized_shape",
-        "weight",
-        "eps",
-    )
+    layer = "layer" in func.__name__
+    names = ("input", "normalized_shape", "weight", "bias", "eps") if layer else RMS_ARGUMENTS
     given = dict(zip(names, args, strict=False)) | kwargs
-    x, width = given["input"], len(given["normalized_shape"])
-    small = _gathered(x, keeps[0])
+    width = len(given["normalized_shape"])
+    small = _gathered(given["input"], keeps[0])
     tail = keeps[0][-width:]
-    weights = {
-        key: None if given.get(key) is None else _gathered(given[key], tail) for key in names[2:-1]
-    }
+    weights = {key: None if given.get(key) is None else _gathered(given[key], tail) for key in names[2:-1]}
     eps = {} if given.get("eps") is None else {"eps": given["eps"]}
-    norm = F.layer_norm if "layer" in func.__name__ else F.rms_norm
-    out = norm(small, tuple(small.shape[-width:]), **weights, **eps)
-    return _scattered(out, x.shape, keeps[0])
+    norm: Any = F.layer_norm if layer else F.rms_norm
+    out: Tensor = norm(small, tuple(small.shape[-width:]), **weights, **eps)
+    return out
+
+
+RMS_ARGUMENTS = ("input", "normalized_shape", "weight", "eps")
 
 
 def _group_norm(func: Any, keeps: Keeps, args: Any, kwargs: Any) -> Tensor:
     """Group norm over the kept channels of every group."""
     given = dict(zip(("input", "num_groups", "weight", "bias", "eps"), args, strict=False)) | kwargs
     x, groups, keep = given["input"], given["num_groups"], keeps[0][1]
-    if keep is None:
-        raise AssertionError("group norm without a mask")
+    assert keep is not None
     alive = int(keep.view(groups, -1).any(1).sum())
     parts = {key: _gathered(given[key], [keep]) for key in ("weight", "bias") if given.get(key) is not None}
-    out = F.group_norm(_gathered(x, keeps[0]), alive, **parts, eps=given.get("eps", 1e-5))
-    return _scattered(out, x.shape, keeps[0])
+    return F.group_norm(_gathered(x, keeps[0]), alive, **parts, eps=given.get("eps", 1e-5))
 
 
 def _reduced(func: Any, keeps: Keeps, args: Any, kwargs: Any) -> Any:
-    """Means, maxima and the like over the kept units; other dimensions are put back whole."""
-    x = args[0] if args else kwargs.pop("input")
-    out = func(_gathered(x, keeps[0]), *args[1:], **kwargs)
-    return _map(lambda item: _restored(item, x, keeps[0]), out)
+    """Means, maxima, softmax and the like over the kept units."""
+    names = {key: value for key, value in kwargs.items() if key != "input"}
+    return func(_gathered(args[0] if args else kwargs["input"], keeps[0]), *args[1:], **names)
 
 
-def _map(what: Callable[[Tensor], Tensor], out: Any) -> Any:
-    return what(out) if isinstance(out, Tensor) else type(out)([what(item) for item in out])
-
-
-def _restored(out: Tensor, x: Tensor, keeps: list[Tensor | None]) -> Tensor:
-    if out.dim() == x.dim():
-        left = [keep if out.shape[d] != 1 or x.shape[d] == 1 else None for d, keep in enumerate(keeps)]
-        return _scattered(out, x.shape, left)
-    if any(keep is not None and out.dim() and int(keep.sum()) in out.shape for keep in keeps):
-        return _restored_reduced(out, x, keeps)
+def _weight_norm(func: Any, keeps: Keeps, args: Any, kwargs: Any) -> Tensor:
+    out: Tensor = func(_gathered(args[0], keeps[0]), _gathered(args[1], keeps[1]), *args[2:])
     return out
-
-
-def _restored_reduced(out: Tensor, x: Tensor, keeps: list[Tensor | None]) -> Tensor:
-    """Without keepdim: dimensions that are left stand in order."""
-    sizes = [int(keep.sum()) if keep is not None else x.shape[d] for d, keep in enumerate(keeps)]
-    position, left, shape = 0, [], []
-    for d, n in enumerate(sizes):
-        if position < out.dim() and out.shape[position] == n and len(sizes) - d >= out.dim() - position:
-            left.append(keeps[d])
-            shape.append(x.shape[d])
-            position += 1
-    return _scattered(out, torch.Size(shape), left) if position == out.dim() else out
-
-
-def _softmax(func: Any, keeps: Keeps, args: Any, kwargs: Any) -> Tensor:
-    x = args[0]
-    return _scattered(func(_gathered(x, keeps[0]), *args[1:], **kwargs), x.shape, keeps[0])
 
 
 def _attention(func: Any, keeps: Keeps, args: Any, kwargs: Any) -> Tensor:
@@ -217,15 +217,46 @@ def _attention(func: Any, keeps: Keeps, args: Any, kwargs: Any) -> Tensor:
     return func(*args, **(kwargs | {"scale": int(keep.sum()) ** -0.5}))  # type: ignore[no-any-return]
 
 
+def _recurrent(func: Any, keeps: Keeps, args: Any, kwargs: Any) -> Any:
+    """Hidden units meet inside the function: the removed ones have no weights there."""
+    weights = args[2]
+    silent = [
+        _scattered(_gathered(weight, keep), weight.shape, keep)
+        for weight, keep in zip(weights, keeps, strict=False)
+    ]
+    return func(args[0], args[1], silent, *args[3:], **kwargs)
+
+
+def _multi_head(func: Any, keeps: Keeps, args: Any, kwargs: Any) -> Any:
+    """torch's packed attention on the kept embedding: its own scale follows the kept head width."""
+    keep = keeps[0][-1]
+    assert keep is not None
+    names = ("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias")
+    names += ("bias_k", "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    for i, name in enumerate(names[:3]):
+        given[name] = _gathered(given[name], keeps[i])
+    for name in ("in_proj_weight", "out_proj_weight"):
+        rows = keep.repeat(given[name].shape[0] // len(keep))
+        given[name] = _gathered(given[name], [rows, keep])
+    for name in ("in_proj_bias", "out_proj_bias"):
+        if given.get(name) is not None:
+            given[name] = _gathered(given[name], [keep.repeat(given[name].shape[0] // len(keep))])
+    heads = int(keep.view(given["num_heads"], -1).any(1).sum())
+    return func(**(given | {"embed_dim_to_check": int(keep.sum()), "num_heads": heads}))
+
+
 COUNTING: dict[str, Callable[[Any, Keeps, Any, Any], Any]] = {
     "layer_norm": _layer_norm,
     "rms_norm": _layer_norm,
     "group_norm": _group_norm,
     "scaled_dot_product_attention": _attention,
-    "softmax": _softmax,
-    "log_softmax": _softmax,
+    "_weight_norm": _weight_norm,
+    "multi_head_attention_forward": _multi_head,
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
     **dict.fromkeys(
         ("mean", "var", "std", "var_mean", "std_mean", "amax", "amin", "max", "min", "logsumexp", "prod"), _reduced
     ),
+    **dict.fromkeys(("softmax", "log_softmax", "sum", "norm", "linalg_vector_norm"), _reduced),
 }
 """Functions that count units -> how they are run on the kept ones."""

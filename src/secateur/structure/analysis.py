@@ -23,9 +23,9 @@ from secateur.core.method import Batch
 from secateur.core.units import Occurrence, Site
 from secateur.data.running import resized
 from secateur.structure.dims import Axis, Concat, Dim, axes, count, freeze, resolve, size, unify
-from secateur.structure.kinds import kinds_of
+from secateur.structure.kinds import kinds_of, produced
 from secateur.structure.observe import Observation, Requirement, observe
-from secateur.structure.traced import Slot, evaluate, extents_in, key, slots_in, solve
+from secateur.structure.traced import Extent, Slot, evaluate, extents_in, key, slots_in, solve
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,14 @@ class Structure:
         sites: name -> site, in the order of the model's parameters.
         axes: name -> axis, the same keys.
         frozen: what cannot go and why, one entry for each axis, at its first occurrence.
-        unknown: (module, operator, why) of everything without a rule.
+        multiples: name -> what the number of kept units must be a multiple of, where a kernel asks for it.
     """
 
     observation: Observation
     sites: dict[str, Site] = field(default_factory=dict)
     axes: dict[str, Axis] = field(default_factory=dict)
     frozen: list[Frozen] = field(default_factory=list)
+    multiples: dict[str, int] = field(default_factory=dict)
 
     @property
     def unknown(self) -> list[tuple[str, str, str]]:
@@ -174,11 +175,13 @@ def _unique(requirements: Iterable[Requirement]) -> list[Requirement]:
 
 
 def share(observation: Observation) -> None:
-    """Dimensions whose size the code reads from one attribute are one: they must stay equally long."""
+    """Dimensions whose size the code reads from one attribute or tensor are one: they must stay equally long."""
     first: dict[int, Requirement] = {}
     for requirement in observation.requirements:
         expression = requirement.expression
-        if isinstance(expression, Slot):
+        if isinstance(expression, Extent) and size(expression.dim) == size(requirement.dim):
+            unify(expression.dim, requirement.dim, requirement.reason)
+        elif isinstance(expression, Slot):
             other = first.setdefault(key(expression), requirement)
             if size(other.dim) == size(requirement.dim):
                 unify(other.dim, requirement.dim, f"'{expression}' is the size of several things")
@@ -228,7 +231,11 @@ def analyse(model: nn.Module, batch: Batch) -> Structure:
     observation = observe(model, batch)
     share(observation)
     roots = _roots(observation)
+    modules = dict(model.named_modules())
     for axis, places in roots.items():
+        source = next((place.parameter for place in places if place.parameter not in observation.parameters), None)
+        if source and not produced(modules, observation, places):
+            freeze(axis, f"its units come from the buffer '{source}'")
         used = [place for place in places if place.parameter in observation.parameters]
         if used and all(place.parameter not in observation.used for place in places):
             freeze(axis, f"'{used[0].parameter}' takes no part in the run")
@@ -296,11 +303,14 @@ def _describe(model: nn.Module, structure: Structure, free: dict[Axis, list[Occu
     labels = kinds_of(model, structure.observation, free)
     used: dict[str, int] = defaultdict(int)
     marginal = _marginal_costs(structure.observation, free)
+    multiples = {axis: m for dim, m in structure.observation.multiples for axis in axes(dim)}
     for axis, places in free.items():
         kind, name = labels[axis]
         used[name] += 1
         unique = name if used[name] == 1 else f"{name}#{used[name]}"
         structure.axes[unique] = axis
+        if axis in multiples:
+            structure.multiples[unique] = multiples[axis]
         structure.sites[unique] = Site(unique, kind, (axis.size,), cost=marginal[axis], occurrences=tuple(places))
     if not structure.sites and not everything:
         raise ModelError(f"{type(model).__name__} has no parameters")

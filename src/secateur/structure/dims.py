@@ -213,6 +213,11 @@ def _match_mixed(a: Dim, b: Dim, reason: str) -> None:
     freeze(b, reason)
 
 
+def _part(n: int, frozen: str | None) -> Dim:
+    """A new axis; a single unit is none, since something must stay."""
+    return Axis(n, frozen) if n > 1 else n
+
+
 def cut(dim: Dim, at: int, reason: str) -> tuple[Dim, Dim]:
     """The first `at` indices and the rest."""
     dim = resolve(dim)
@@ -221,7 +226,7 @@ def cut(dim: Dim, at: int, reason: str) -> tuple[Dim, Dim]:
     if isinstance(dim, int):
         return at, dim - at
     if isinstance(dim, Axis):
-        head, tail = Axis(at, dim.frozen), Axis(dim.size - at, dim.frozen)
+        head, tail = _part(at, dim.frozen), _part(dim.size - at, dim.frozen)
         dim.link = Concat(head, tail)
         return head, tail
     if isinstance(dim, Concat):
@@ -258,7 +263,7 @@ def factor(dim: Dim, minor: int, reason: str) -> tuple[Dim, Dim]:
     if isinstance(dim, int):
         return n // minor, minor
     if isinstance(dim, Axis):
-        outer, inner = Axis(n // minor, dim.frozen), Axis(minor, dim.frozen)
+        outer, inner = _part(n // minor, dim.frozen), _part(minor, dim.frozen)
         dim.link = Product(outer, inner)
         return outer, inner
     if isinstance(dim, Product):

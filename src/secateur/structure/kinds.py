@@ -9,7 +9,7 @@ from os.path import commonprefix
 from torch import nn
 
 from secateur.core.units import Layout, Occurrence, UnitKind
-from secateur.structure.dims import Axis, Product, axes, resolve
+from secateur.structure.dims import Axis, Product, axes, resolve, size
 from secateur.structure.layers import layout_of
 from secateur.structure.observe import Observation
 
@@ -82,6 +82,15 @@ def _producers(modules: Mapping[str, nn.Module], places: list[Occurrence]) -> li
         if layout is not None and place.parameter.endswith("weight") and place.dim == OUT_DIM[layout]:
             found.append(owner)
     return list(dict.fromkeys(found))
+
+
+def produced(modules: Mapping[str, nn.Module], observation: Observation, places: list[Occurrence]) -> bool:
+    """Whether weights make the axis, and not only buffers that weights then read."""
+    vectors = any(
+        place.parameter in observation.parameters and sum(size(dim) > 1 for dim in observation.tensors[place.parameter]) == 1
+        for place in places
+    )
+    return vectors or bool(_producers(modules, places))
 
 
 def _owner(parameter: str) -> str:

@@ -9,8 +9,10 @@ sizes that code passes (see `traced`), and the operators below them, for the axe
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -56,7 +58,7 @@ class Statistic:
     """A function that counts units of an axis, so that a removed unit is not the same as a zero."""
 
     call: int
-    operator: str
+    function: str
     inputs: tuple[tuple[Dim, ...], ...]
     dims: tuple[Dim, ...]
     reason: str
@@ -76,6 +78,8 @@ class Observation:
         results: call number -> dimensions of the float tensors it returned.
         unknown: (module, operator) without a rule.
         used: parameters that took part.
+        roles: what operators make of dimensions (heads, ...), and where.
+        multiples: dimensions that a kernel takes in multiples only.
     """
 
     tensors: dict[str, tuple[Dim, ...]] = field(default_factory=dict)
@@ -89,6 +93,7 @@ class Observation:
     unknown: dict[tuple[str, str], str] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
     roles: list[tuple[str, Dim, str]] = field(default_factory=list)
+    multiples: list[tuple[Dim, int]] = field(default_factory=list)
 
 
 class Observer:
@@ -102,6 +107,7 @@ class Observer:
         self.stack: list[str] = [""]
         self.call = 0
         self.name = ""
+        self.function = ""
         self.bypass = False
         self.sizes: list[Expression | None] | None = None
         self.slices: list[tuple[Any, Any]] = []
@@ -177,7 +183,7 @@ class Observer:
         live = tuple(dim for dim in map(resolve, dims) if not isinstance(dim, int))
         if live:
             inputs = tuple(self.dims(tensor) for tensor in tensors)
-            entry = Statistic(self.call, self.name, inputs, live, self.reason("counted"))
+            entry = Statistic(self.call, self.function, inputs, live, self.reason("counted"))
             self.found.statistics.setdefault(self.call, []).append(entry)
 
     def role(self, kind: str, dim: Dim) -> None:
@@ -204,9 +210,14 @@ class Observer:
 
     def on_function(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One function as Python called it."""
-        self.call += 1
         if func is SHAPE or func is SIZE:
             return self._extent(func, args, kwargs)
+        if func is NUMEL:
+            return prod(self._extent(SHAPE, args, {}))
+        if func == DEVICE:
+            return self.device if args[0].is_meta else func(*args)
+        self.call += 1
+        self.function = getattr(func, "__name__", "function")
         rule = FUNCTIONS.get(func)
         if rule is not None:
             return self._remember(func, self._by_function_rule(rule, func, args, kwargs))
@@ -226,7 +237,11 @@ class Observer:
             self.sizes, self.slices = None, []
 
     def _remember(self, func: Callable[..., Any], out: Any) -> Any:
+        """Only calls that return tensors are numbered: others depend on the device and on caches."""
         tensors = out if isinstance(out, (list, tuple)) else (out,)
+        if not any(isinstance(item, Tensor) for item in tensors):
+            self.call -= 1
+            return out
         dims = tuple(getattr(item, "_axes", None) if isinstance(item, Tensor) else None for item in tensors)
         if any(one is not None for one in dims):
             self.found.results[self.call] = dims
@@ -264,12 +279,16 @@ class Observer:
         self.name = getattr(func, "__name__", "function")
         for item in _flat((*args, *kwargs.values())):
             if isinstance(item, Number):
-                self.constant(item)
+                self.constant(item.how, traced.plain(item))
 
-    def constant(self, number: Number) -> None:
-        """The code computes with this size: it must not change."""
-        why = self.reason("the size itself is computed with")
-        self.found.requirements.append(Requirement(number.how, traced.plain(number), why))
+    def constant(self, expression: Expression, value: int) -> None:
+        """The code computes or compares with a size: the result must stay what it is."""
+        self.found.requirements.append(Requirement(expression, value, self.reason("the size itself is computed with")))
+
+    def aligned(self, dim: Dim, multiple: int) -> None:
+        """A kernel takes this dimension in multiples only."""
+        if not isinstance(dim, int):
+            self.found.multiples.append((dim, multiple))
 
     # --- operators ----------------------------------------------------------------------------
 
@@ -281,9 +300,8 @@ class Observer:
         call = Call(name, args, kwargs)
         tensors = call.tensors
         symbolic = any(tensor.is_meta for tensor in tensors)
-        device = kwargs.get("device")
-        if device is not None and torch.device(device).type == "meta" and (not symbolic or tensors):
-            kwargs = kwargs | {"device": None if symbolic else self.device}
+        if kwargs.get("device") is not None:
+            kwargs = kwargs | {"device": torch.device("meta") if symbolic else self.device}
         if not symbolic:
             call.out = func(*args, **kwargs)
             if not (self.sizes or any(hasattr(tensor, "_axes") for tensor in tensors)):
@@ -416,12 +434,18 @@ def _invent_nonzero(run: Observer, func: Any, args: tuple[Any, ...], kwargs: dic
     return func(torch.ones(args[0].shape, dtype=torch.bool, device=run.device))
 
 
+def _invent_grouped(run: Observer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """torch's grouped product has shape rules for bfloat16 only."""
+    return run.make([args[0].shape[0], args[1].shape[-1]], args[0])
+
+
 INVENTED: dict[str, Callable[..., Any]] = {
     "aten::topk": _invent_ranking,
     "aten::sort": _invent_ranking,
     "aten::argmax": _invent_index,
     "aten::argmin": _invent_index,
     "aten::argsort": _invent_index,
+    "aten::_grouped_mm": _invent_grouped,
     "aten::nonzero": _invent_nonzero,
     "aten::_local_scalar_dense": _invent_scalar,
 }
@@ -431,6 +455,8 @@ INVENTED: dict[str, Callable[..., Any]] = {
 
 SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 SIZE = torch.Tensor.size
+NUMEL = torch.Tensor.numel
+DEVICE = torch.Tensor.device.__get__  # type: ignore[attr-defined]
 
 
 class _Functions(TorchFunctionMode):
@@ -475,9 +501,7 @@ TORCH_SIZES = {
 def _stand_ins(observer: Observer) -> Iterator[None]:
     """Meta parameters, traced buffers and traced integers inside the block; everything as before afterwards."""
     model = observer.model
-    saved = [
-        (module, dict(vars(module)), dict(module._parameters), dict(module._buffers)) for module in model.modules()
-    ]
+    saved = [(module, dict(vars(module)), _contents(module)) for module in model.modules()]
     others: dict[int, tuple[Any, dict[str, Any]]] = {}
     made: dict[int, Tensor] = {}
     try:
@@ -486,15 +510,19 @@ def _stand_ins(observer: Observer) -> Iterator[None]:
             _replace_integers(observer, name, module, others)
         yield
     finally:
-        for module, attributes, parameters, buffers in saved:
+        for module, attributes, contents in saved:
             vars(module).clear()
             vars(module).update(attributes)
-            module._parameters.clear()
-            module._parameters.update(parameters)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+            for container, items in contents:
+                container.clear()
+                (container.update if isinstance(container, dict) else container.extend)(items)
         for other, attributes in others.values():
             vars(other).update(attributes)
+
+
+def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
+    """Dictionaries and lists of a module (parameters, hooks, a run's own caches) with what is in them now."""
+    return [(value, value.copy()) for value in vars(module).values() if isinstance(value, (dict, list))]
 
 
 def _replace_tensors(observer: Observer, prefix: str, module: nn.Module, made: dict[int, Tensor]) -> None:
@@ -508,7 +536,9 @@ def _replace_tensors(observer: Observer, prefix: str, module: nn.Module, made: d
             observer.found.aliases[full] = made[id(tensor)]._parameter  # type: ignore[attr-defined]
             group[name] = made[id(tensor)]  # type: ignore[assignment]
     if isinstance(module, nn.RNNBase):
-        vars(module)["_flat_weights"] = [getattr(module, name, None) for name in module._flat_weights_names]
+        flat = [getattr(module, name, None) for name in module._flat_weights_names]
+        vars(module)["_flat_weights"] = flat
+        vars(module)["_flat_weight_refs"] = [weakref.ref(tensor) for tensor in flat if tensor is not None]
 
 
 def _stand_in(observer: Observer, name: str, tensor: Tensor, is_parameter: bool) -> Tensor:

@@ -53,6 +53,9 @@ OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "*": lambda a, b: a * b,
     "//": lambda a, b: a // b if b else 0,
     "%": lambda a, b: a % b if b else 0,
+    "==": lambda a, b: a == b,
+    "<": lambda a, b: a < b,
+    "<=": lambda a, b: a <= b,
 }
 
 
@@ -101,6 +104,26 @@ class Number(int):
     def __divmod__(self, other: Any) -> Any:
         return self // other, self % other
 
+    def __eq__(self, other: object) -> bool:
+        return _compared("==", self, other, int.__eq__(self, other))  # type: ignore[arg-type]
+
+    def __ne__(self, other: object) -> bool:
+        return not self.__eq__(other)
+
+    def __lt__(self, other: Any) -> bool:
+        return _compared("<", self, other, int.__lt__(self, other))
+
+    def __le__(self, other: Any) -> bool:
+        return _compared("<=", self, other, int.__le__(self, other))
+
+    def __gt__(self, other: Any) -> bool:
+        return _compared("<", other, self, int.__gt__(self, other))
+
+    def __ge__(self, other: Any) -> bool:
+        return _compared("<=", other, self, int.__ge__(self, other))
+
+    __hash__ = int.__hash__
+
     def __pow__(self, other: Any, modulo: Any = None) -> Any:
         return _counted(self) ** other
 
@@ -120,13 +143,22 @@ class Number(int):
         return int, (plain(self),)
 
 
-observers: list[Callable[[Number], None]] = []
-"""Who is told when a size is used as a quantity, e.g. in 1 / sqrt(width). One entry while a run is observed."""
+observers: list[Callable[[Expression, int], None]] = []
+"""Who is told that an expression must keep its value. One entry while a run is observed."""
+
+
+def _compared(symbol: str, left: Any, right: Any, result: Any) -> bool:
+    """A branch that the code takes: the comparison must come out the same after a cut."""
+    if isinstance(left, int) and isinstance(right, int) and result is not NotImplemented:
+        for observer in observers:
+            observer(Operation(symbol, how(left), how(right)), int(result))
+    return result  # type: ignore[no-any-return]
 
 
 def _counted(number: Number) -> int:
+    """The size is used as a quantity, e.g. in 1 / sqrt(width)."""
     for observer in observers:
-        observer(number)
+        observer(number.how, plain(number))
     return plain(number)
 
 
@@ -226,6 +258,8 @@ def _inverse(symbol: str, value: int, other: int, left_open: bool) -> int | None
             return value + other if left_open else other - value
         case "*":
             return value // other if other and value % other == 0 else None
+        case "==" if value:
+            return other
         case "//" if left_open:
             return value * other
         case "//":

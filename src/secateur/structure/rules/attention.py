@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
-from secateur.structure.dims import Dim, factor, size
+from secateur.structure.dims import Dim, concat, factor, product, size
 from secateur.structure.observe import Observer
 from secateur.structure.table import Call, function
+from secateur.structure.traced import how
 
 
 @function(F.scaled_dot_product_attention)
@@ -51,23 +54,59 @@ def _mask(run: Observer, mask: torch.Tensor, dims: list[Dim]) -> None:
 
 @function(F.multi_head_attention_forward)
 def multi_head(run: Observer, call: Call) -> None:
-    """torch's packed attention computes its head width from the embedding: width and heads keep what they have."""
+    """torch's packed attention computes its head width from the embedding: the embedding is made of the heads."""
     names = ("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias")
     given = dict(zip(names, call.args, strict=False)) | call.kwargs
+    tail = ("bias_k", "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias")
+    given |= dict(zip(tail, call.args[len(names) :], strict=False))
     query, key = given["query"], given["key"]
-    why = "nn.MultiheadAttention computes its head width from the embedding"
-    for tensor in call.tensors:
-        for dim in run.dims(tensor):
-            run.fix(dim, why)
-    width, tokens, source = query.shape[-1], query.shape[0], key.shape[0]
-    batch = query.shape[1] if query.dim() == 3 else 1
-    run.multiply(tokens * batch, 2 * width, width)
-    run.multiply(source * batch, 2 * width, width)
-    run.multiply(2 * batch * tokens * source, width)
-    average = given.get("average_attn_weights", True)
-    heads = () if average else (int(given["num_heads"]),)
-    lead = (batch,) if query.dim() == 3 else ()
-    weights = run.make([*lead, *heads, tokens, source], query) if given.get("need_weights", True) else None
-    call.out = (run.make(query.shape, query), weights)
+    if given.get("use_separate_proj_weight") or given.get("bias_k") is not None:
+        for tensor in call.tensors:
+            for dim in run.dims(tensor):
+                run.fix(dim, "separate key and value widths")
+    width = query.shape[-1]
+    heads = int(given["num_heads"])
+    stream = run.dims(query)[-1]
+    for tensor in (key, given["value"]):
+        stream = run.same(stream, run.dims(tensor)[-1])
+    outer, inner = factor(stream, width // heads, run.reason("the embedding is made of heads"))
+    run.require(how(given["num_heads"]), outer)
+    run.require(how(given["embed_dim_to_check"]), product(outer, inner))
+    run.role("heads", outer)
+    run.role("head_dim", inner)
+    _projections(run, given, product(outer, inner))
+    run.statistic([inner], [query, key, given["value"]])
+    call.out = _attended(run, given, query, key, product(outer, inner))
 
 
+def _projections(run: Observer, given: dict[str, Any], stream: Dim) -> None:
+    """in_proj [3 * width, width] and out_proj [width, width]."""
+    packed = concat(stream, stream, stream)
+    if given.get("in_proj_weight") is not None:
+        rows, columns = run.dims(given["in_proj_weight"])
+        run.same(rows, packed)
+        run.same(columns, stream)
+    if given.get("in_proj_bias") is not None:
+        run.same(run.dims(given["in_proj_bias"])[0], packed)
+    for dim in (*run.dims(given["out_proj_weight"]),):
+        run.same(dim, stream)
+    if given.get("out_proj_bias") is not None:
+        run.same(run.dims(given["out_proj_bias"])[0], stream)
+
+
+def _attended(
+    run: Observer, given: dict[str, Any], query: torch.Tensor, key: torch.Tensor, stream: Dim
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    tokens, source = query.shape[0], key.shape[0]
+    batched = query.dim() == 3
+    batch = query.shape[1] if batched else 1
+    run.multiply(tokens * batch, stream, stream)
+    run.multiply(tokens * batch, stream, stream)
+    run.multiply(2 * source * batch, stream, stream)
+    run.multiply(2 * batch * tokens * source, stream)
+    out = run.make(query.shape, query)
+    run.set(out, [*run.dims(query)[:-1], stream])
+    if not given.get("need_weights", True):
+        return out, None
+    heads = () if given.get("average_attn_weights", True) else (int(given["num_heads"]),)
+    return out, run.make([*((batch,) if batched else ()), *heads, tokens, source], query)

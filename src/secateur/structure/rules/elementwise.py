@@ -17,7 +17,7 @@ def broadcast(run: Observer, tensors: list[Tensor]) -> list[Dim]:
     for position in range(-width, 0):
         found: Dim = 1
         for row in rows:
-            if len(row) >= -position and size(row[position]) > 1:
+            if len(row) >= -position and size(row[position]) != 1:
                 found = row[position] if size(found) == 1 else run.same(found, row[position])
         out.append(found)
     return out
@@ -34,9 +34,29 @@ def elementwise(run: Observer, call: Call) -> None:
 
 
 OPERATORS["elementwise"] = elementwise
-operator("copy", "masked_fill", "lerp", "where", "addcmul", "addcdiv", "clamp", "dropout", "native_dropout", "fill")(
-    elementwise
-)
+operator(
+    "copy",
+    "masked_fill",
+    "lerp",
+    "where",
+    "addcmul",
+    "addcdiv",
+    "clamp",
+    "dropout",
+    "native_dropout",
+    "fill",
+    "hardswish",
+    "hardsigmoid",
+    "hardtanh",
+    "relu6",
+    "leaky_relu",
+    "elu",
+    "mish",
+    "softplus",
+    "threshold",
+    "log_sigmoid_forward",
+    "rrelu_with_noise",
+)(elementwise)
 
 
 @operator(
@@ -131,7 +151,7 @@ def reduction(run: Observer, call: Call) -> None:
     if call.name in ("aten::argmax", "aten::argmin", "aten::median", "aten::aminmax"):
         for d in gone:
             run.fix(dims[d], "a position is computed")
-    elif call.name not in NEUTRAL:
+    elif call.name not in NEUTRAL or hasattr(x, "_parameter"):
         run.statistic([dims[d] for d in gone], [x])
     outs = call.out if isinstance(call.out, (list, tuple)) else (call.out,)
     for out in outs:

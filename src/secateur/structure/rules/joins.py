@@ -64,6 +64,18 @@ def split(run: Observer, call: Call) -> None:
         run.set(out, [*dims[:d], piece, *dims[d + 1 :]])
 
 
+@operator("glu")
+def glu(run: Observer, call: Call) -> None:
+    """The first half times the gates in the second: both lose the same units."""
+    x = call.args[0]
+    d = call.get(1, "dim", -1) % x.dim()
+    dims = list(run.dims(x))
+    half = x.shape[d] // 2
+    first, second = cut(dims[d], half, run.reason("a gate does not follow the parts that it is made of"))
+    dims[d] = run.same(first, second)
+    run.set(call.out, dims)
+
+
 @operator("unbind")
 def unbind(run: Observer, call: Call) -> None:
     """Every index of a dimension is used by itself."""

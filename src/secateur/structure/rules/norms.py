@@ -82,9 +82,9 @@ def rms_norm(run: Observer, call: Call) -> None:
 
 @operator("native_group_norm", "group_norm")
 def group_norm(run: Observer, call: Call) -> None:
-    """Groups of channels are normalised together: whole groups go without a trace, channels of all groups alike."""
+    """Whole groups go without a trace; channels within go from all groups alike."""
     x = call.args[0]
-    groups = call.args[7] if call.name == "aten::native_group_norm" else call.args[1]
+    groups = call.args[6] if call.name == "aten::native_group_norm" else call.args[1]
     dims = list(run.dims(x))
     for other in call.tensors[1:]:
         dims[1] = run.same(dims[1], run.dims(other)[0])
@@ -100,6 +100,7 @@ def weight_norm(run: Observer, call: Call) -> None:
     """g * v / |v|: a parametrised weight has the dimensions of v."""
     v, g = call.args[0], call.args[1]
     dims = broadcast(run, [v, g])
+    run.statistic(list(dims), [v, g])
     if call.out is None:
         call.out = run.make(v.shape, v)
     run.set(call.out, dims)

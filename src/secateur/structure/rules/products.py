@@ -27,7 +27,7 @@ def linear(run: Observer, call: Call) -> None:
     run.multiply(1, *rows, out, columns)
 
 
-@operator("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "_grouped_mm")
+@operator("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot")
 def matrix_product(run: Observer, call: Call) -> None:
     """[*, n, k] times [*, k, m], with an added tensor in the `add` forms."""
     adds = call.name.startswith(("aten::add", "aten::badd"))
@@ -120,6 +120,18 @@ def _letters(term: str, dims: int) -> tuple[str, str]:
 
 def _replaced(term: str, wide: str) -> str:
     return term.replace("...", wide)
+
+
+@operator("_grouped_mm")
+def grouped_product(run: Observer, call: Call) -> None:
+    """Rows [tokens, k] sorted by expert times [experts, k, m]: all experts lose the same units."""
+    a, b = run.dims(call.args[0]), run.dims(call.args[1])
+    run.fix(b[0], "tokens are sorted by expert")
+    inner = run.same(a[-1], b[-2])
+    for dim in (inner, b[-1]):
+        run.aligned(dim, 16 // call.args[0].element_size())  # rows must start at multiples of 16 bytes
+    run.set(call.out, [a[0], b[-1]])
+    run.multiply(1, a[0], inner, b[-1])
 
 
 @operator("convolution", "_convolution", "convolution_overrideable", "mkldnn_convolution")

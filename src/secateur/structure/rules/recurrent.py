@@ -33,7 +33,12 @@ def recurrent(run: Observer, call: Call) -> None:
         inner = concat(*outs)
         for state in states:
             run.same(run.dims(state)[-1], outs[0])
+    run.statistic([hidden for hidden in map(_last, map(run.dims, weights[1::per])) if hidden], list(weights) + states)
     call.out = _results(run, call, x, states, inner, bool(batch_first))
+
+
+def _last(dims: tuple[Dim, ...]) -> Dim:
+    return dims[-1]
 
 
 def _cell(run: Observer, name: str, inner: Dim, weights: list[Tensor], rows: list[Dim], has_bias: bool) -> Dim:
@@ -41,7 +46,8 @@ def _cell(run: Observer, name: str, inner: Dim, weights: list[Tensor], rows: lis
     gates = GATES[name]
     units = hidden_weight.shape[0] // gates
     why = run.reason("gates of hidden units")
-    _, hidden = factor(run.dims(input_weight)[0], units, why)
+    gate, hidden = factor(run.dims(input_weight)[0], units, why)
+    run.settings([gate])
     run.same(run.dims(input_weight)[1], inner)
     run.same(run.dims(hidden_weight)[0], run.dims(input_weight)[0])
     for bias in rest[: 2 if has_bias else 0]:
