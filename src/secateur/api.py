@@ -20,7 +20,8 @@ from secateur.core.seeding import seeded
 from secateur.core.units import UnitKind
 from secateur.data.batches import as_batches
 from secateur.data.dataset import Dataset
-from secateur.data.running import evaluating
+from secateur.data.example import describe_example, example_for
+from secateur.data.running import evaluating, resized
 from secateur.methods import methods
 from secateur.shrink.apply import stamp
 
@@ -48,6 +49,7 @@ def plan(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     keep_scores: bool = False,
+    example: Any = None,
     source: str = "",
     progress: Progress | None = None,
     **settings: Any,
@@ -66,6 +68,8 @@ def plan(
         include: shell patterns over module and parameter names that may be pruned.
         exclude: patterns that may not; wins over `include`.
         keep_scores: store the scores in the plan.
+        example: inputs that the model can be run on, for methods that cut channels, heads or widths; a
+            tensor, a mapping or a `Batch`. Default: the calibration data's first batch, or made-up ones.
         source: where the model came from, for the provenance.
         progress: receives progress; silent by default.
         **settings: the method's own settings.
@@ -94,6 +98,7 @@ def plan(
         exclude=tuple(exclude),
         keep_scores=keep_scores,
         progress=progress or Silent(),
+        example=_example(model, example, data) if entry.structured else None,
     )
     with evaluating(model), seeded(seed):
         decision, origin = agreed((entry.run(task, checked), _provenance(entry, checked, task, data, source)))
@@ -105,6 +110,7 @@ def plan(
         provenance=(origin,),
         warnings=tuple(decision.warnings),
         facts=decision.facts,
+        example=describe_example(task.example),
     )
     _refuse_empty(made, budget, decision)
     stamp(model, made)
@@ -140,6 +146,16 @@ def _calibration(entry: Method, data: Any) -> list[Batch]:
             raise DataError(f"{entry.name} needs calibration data; give data=... (--data)")
         return []
     return as_batches(data) if entry.needs_data else []
+
+
+def _example(model: nn.Module, example: Any, data: Any) -> Batch:
+    """Two samples to observe the model with."""
+    given = example if example is not None else data
+    batch = None
+    if given is not None:
+        batch = next(given.batches(2)) if isinstance(given, Dataset) else as_batches(given, 2)[0]
+        batch = resized(batch, min(2, batch.samples))
+    return example_for(model, batch)
 
 
 def _provenance(entry: Method, settings: Settings, task: Task, data: Any, source: str) -> Provenance:

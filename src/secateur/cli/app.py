@@ -111,6 +111,39 @@ def prune(
 
 
 @app.command()
+def inspect(
+    model: Model,
+    data: Data = None,
+    shape: Annotated[str | None, typer.Option("--input", help="numbers of this shape, e.g. 2,3,224,224")] = None,
+    tokens: Annotated[str | None, typer.Option(help="token ids: samples x length, e.g. 2x16")] = None,
+    weights: Weights = None,
+    no_weights: Annotated[bool, typer.Option("--no-weights", help="build the model without values")] = False,
+    html: Annotated[Path | None, typer.Option(help="also write a page with a picture of the couplings")] = None,
+    depth: Annotated[int | None, typer.Option(help="so many levels of modules, nothing folded", min=1)] = None,
+    frozen: Annotated[bool, typer.Option("--frozen", help="list everything that cannot go, with reasons")] = False,
+    trust_factory: Trust = False,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """What can be removed from a model: channels, neurons, heads, widths; what goes with each, and what is frozen.
+
+    No weights are needed: a folder with only a config.json will do. Without inputs, fitting ones are made up.
+
+    `secateur inspect zoo:digits-resnet`
+
+    `secateur inspect ./llama-config-only --html llama.html`
+
+    `secateur inspect mynets:make --no-weights --input 2,3,64,64 --json`
+    """
+    from secateur.cli import commands
+
+    asked = {"weights": weights, "outline": no_weights, "trust_factory": trust_factory, "seed": seed}
+    commands.inspect(
+        asked | {"model": model, "data": data, "shape": shape, "tokens": tokens}, html, depth, frozen, json
+    )
+
+
+@app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="one method, in full")] = None,
     tag: Annotated[

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur import api, zoo
-from secateur.cli import show
+from secateur.cli import show, structure
 from secateur.cli.progress import Bars
 from secateur.core import catalogue
 from secateur.core.errors import DataError, OutputError, PlanError
@@ -18,10 +18,12 @@ from secateur.data.probe import probe_for
 from secateur.data.running import resized
 from secateur.io.data import open_data
 from secateur.io.models import OpenedModel, open_model
+from secateur.lab import inspect as inspection
 from secateur.lab import prune as job
 from secateur.lab.reproduce import Report, run_check
 from secateur.measure import Measurement, measure_together, probe_machine
 from secateur.report import Record, write
+from secateur.report.lanes import write_structure
 from secateur.shrink.apply import apply_ as apply_to
 from secateur.shrink.export import ExportReport, export
 from secateur.shrink.folder import OWN
@@ -98,6 +100,19 @@ def result_rows(record: Record) -> list[list[str]]:
     if sizes.file_bytes:
         rows.append(["file (bytes)", show.figure(sizes.file_bytes.before), show.figure(sizes.file_bytes.after)])
     return rows
+
+
+def inspect(request: Mapping[str, Any], page: Path | None, depth: int | None, every: bool, json: bool) -> None:
+    """What can be removed from a model, as a tree, JSON or a page."""
+    view = inspection.inspect(inspection.Inspection(**request))
+    if page is not None:
+        write_structure(view, page)
+    if json:
+        show.as_json(view.model_dump(mode="json"))
+    else:
+        structure.print_structure(view, depth, every)
+        if page is not None:
+            show.say(f"page: {page}")
 
 
 def methods(name: str | None, tags: dict[str, str], json: bool) -> None:

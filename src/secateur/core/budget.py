@@ -18,10 +18,10 @@ class Quantity(StrEnum):
     SPARSITY = "sparsity"  # fraction of the units removed
     DENSITY = "density"  # fraction of the units kept
     UNITS = "units"  # number of units kept
-    PARAMETERS = "parameters"  # number of parameters kept in the sites
-    FLOPS = "flops"  # fraction of the model's FLOPs kept; needs a cost model
-    BYTES = "bytes"  # bytes of the saved weights; needs a cost model
-    MILLISECONDS = "milliseconds"  # measured latency; needs a latency table
+    PARAMETERS = "parameters"  # parameters kept: of the whole model for structured methods, in the sites otherwise
+    FLOPS = "flops"  # FLOPs of the whole model; structured methods
+    BYTES = "bytes"  # bytes of the saved weights; structured methods
+    MILLISECONDS = "milliseconds"  # measured latency; structured methods
 
 
 def _exact(amount: float) -> Fraction:
@@ -29,6 +29,7 @@ def _exact(amount: float) -> Fraction:
     return Fraction(str(amount)).limit_denominator(10**9)
 
 
+COSTS = {Quantity.FLOPS, Quantity.BYTES, Quantity.MILLISECONDS}
 COUNTED = {Quantity.SPARSITY, Quantity.DENSITY, Quantity.UNITS, Quantity.PARAMETERS}
 
 
@@ -90,8 +91,12 @@ class Budget:
             raise BudgetError(f"{self.quantity} must be a finite number, got {amount}")
         if self.quantity is Quantity.SPARSITY and not 0 <= amount < 1:
             raise BudgetError(f"sparsity must be in [0, 1), got {amount:g}; 0.5 removes half of the units")
-        if self.quantity in (Quantity.DENSITY, Quantity.FLOPS) and not 0 < amount <= 1:
-            raise BudgetError(f"{self.quantity} must be in (0, 1], got {amount:g}")
+        if self.quantity is Quantity.DENSITY and not 0 < amount <= 1:
+            raise BudgetError(f"density must be in (0, 1], got {amount:g}")
+        if self.quantity in COSTS and not amount > 0:
+            raise BudgetError(
+                f"{self.quantity} must be above 0, got {amount:g}: up to 1 it is the share kept, above 1 an amount"
+            )
         if amount < 0:
             raise BudgetError(f"{self.quantity} must not be negative, got {amount:g}")
 

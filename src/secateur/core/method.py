@@ -116,6 +116,7 @@ class Task:
         include, exclude: shell patterns over site names; exclude wins.
         keep_scores: whether the decision should carry its scores.
         progress: where long work reports to.
+        example: inputs to find the structure with, for structured methods.
     """
 
     model: nn.Module
@@ -126,6 +127,7 @@ class Task:
     exclude: tuple[str, ...] = ()
     keep_scores: bool = False
     progress: Progress = field(default_factory=Silent)
+    example: Batch | None = None
 
     def rng(self, *purpose: str) -> torch.Generator:
         """A generator for one purpose, e.g. one site."""
@@ -187,6 +189,7 @@ class Method:
         needs_data, needs_labels: what calibration must provide.
         patterns: whether N:M budgets are supported.
         changes_weights: whether kept weights get new values.
+        structured: whether it cuts channels, neurons, heads or widths; `units` is then the usual kind.
     """
 
     name: str
@@ -204,6 +207,7 @@ class Method:
     needs_labels: bool = False
     patterns: bool = False
     changes_weights: bool = False
+    structured: bool = False
 
     def configure(self, values: dict[str, Any]) -> Settings:
         """Checked settings from names and values (strings are converted).
@@ -232,6 +236,7 @@ class Method:
             "needs_labels": self.needs_labels,
             "patterns": self.patterns,
             "changes_weights": self.changes_weights,
+            "structured": self.structured,
             "tags": self.tags.to_json(),
             "settings": self.describe_settings(),
         }

@@ -21,7 +21,7 @@ from secateur.core.fingerprint import mismatches
 from secateur.core.masks import pack, unpack
 from secateur.core.units import Site, UnitKind
 
-FORMAT = 1
+FORMAT = 2  # 2: structured units, with example and attributes
 TENSORS, DOCUMENT = "plan.safetensors", "plan.json"
 
 
@@ -74,6 +74,8 @@ class Plan:
         applied: the same for parameters that the plan changes, after the change.
         warnings: what the user must know, e.g. a layer in which nothing was pruned.
         facts: per-site figures of the method, e.g. the solver's error.
+        example: what the inputs looked like that the structure was found with, for structured units.
+        attributes: module attributes that were changed when structured units were cut, for the loader.
     """
 
     sites: dict[str, Site]
@@ -85,6 +87,8 @@ class Plan:
     applied: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     facts: dict[str, dict[str, float]] = field(default_factory=dict)
+    example: dict[str, Any] | None = None
+    attributes: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if self.sites.keys() != self.masks.keys():
@@ -164,6 +168,7 @@ class Plan:
             planned_on=self.planned_on or other.planned_on,
             warnings=self.warnings + other.warnings,
             facts={**self.facts, **other.facts},
+            example=self.example or other.example,
         )
 
     def diff(self, other: Plan) -> list[dict[str, Any]]:
@@ -246,6 +251,8 @@ class Plan:
             "applied": self.applied,
             "warnings": list(self.warnings),
             "facts": self.facts,
+            "example": self.example,
+            "attributes": list(self.attributes),
         }
 
     @classmethod
@@ -277,6 +284,8 @@ class Plan:
                 applied=document["applied"],
                 warnings=tuple(document["warnings"]),
                 facts=document["facts"],
+                example=document["example"],
+                attributes=tuple(document["attributes"]),
             )
         except (SafetensorError, OSError) as error:
             raise PlanError(f"'{folder / TENSORS}' is missing or damaged: {error}") from error

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur.core.errors import DataError
 from secateur.core.method import Batch
 from secateur.data.running import dtype_of
 
 SAMPLES, LENGTH = 2, 16
 SIZES = (224, 32, 28, 64, 96, 256, 16, 8)  # of images, tried in this order where the model does not say
+TABLES = (nn.Embedding, nn.EmbeddingBag)
 WAVE = 16_000  # samples of sound, one second for most models
 
 
@@ -26,14 +28,38 @@ def probe_for(model: nn.Module) -> Batch | None:
     """
     config = getattr(model, "config", None)
     made = _of_transformers(model, config) if hasattr(config, "get_text_config") else _of_module(model)
-    if made is None:
-        return None
+    return None if made is None else _cast(made, model)
+
+
+def of_shape(model: nn.Module, shape: Sequence[int]) -> Batch:
+    """Normal values of a shape that the user gave, in the model's dtype."""
+    return _cast(Batch((random_values(*shape),)), model)
+
+
+def of_tokens(model: nn.Module, samples: int, length: int) -> Batch:
+    """Token ids of the model's vocabulary.
+
+    Raises:
+        DataError: the model has no table of tokens.
+    """
+    config = getattr(model, "config", None)
+    tables = [module.num_embeddings for module in model.modules() if isinstance(module, TABLES)]
+    vocabulary = _vocabulary(config) or (tables[0] if tables else None)
+    if vocabulary is None:
+        raise DataError(f"{type(model).__name__} has no table of tokens; give numbers with --input or --data")
+    ids = random_tokens(vocabulary, samples, length)
+    if getattr(config, "is_encoder_decoder", False):
+        return Batch(kwargs={"input_ids": ids, "decoder_input_ids": ids})
+    return Batch((ids,))
+
+
+def _cast(batch: Batch, model: nn.Module) -> Batch:
     dtype = getattr(torch, dtype_of(model), torch.float32)
 
     def cast(item: Any) -> Any:
         return item.to(dtype) if isinstance(item, Tensor) and item.is_floating_point() else item
 
-    return Batch(tuple(map(cast, made.args)), {name: cast(value) for name, value in made.kwargs.items()})
+    return Batch(tuple(map(cast, batch.args)), {name: cast(value) for name, value in batch.kwargs.items()})
 
 
 def random_tokens(vocabulary: int, samples: int = SAMPLES, length: int = LENGTH) -> Tensor:
@@ -70,9 +96,15 @@ def _of_transformers(model: nn.Module, config: Any) -> Batch | None:
 
 def _tokens(config: Any) -> Tensor | None:
     text = config.get_text_config()
-    vocabulary = getattr(text, "vocab_size", None)
     longest = getattr(text, "max_position_embeddings", LENGTH) or LENGTH
-    return random_tokens(vocabulary, length=min(LENGTH, longest)) if isinstance(vocabulary, int) else None
+    vocabulary = _vocabulary(config)
+    return None if vocabulary is None else random_tokens(vocabulary, length=min(LENGTH, longest))
+
+
+def _vocabulary(config: Any) -> int | None:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    found = getattr(text, "vocab_size", None)
+    return found if isinstance(found, int) else None
 
 
 def _images_and_text(config: Any) -> Batch | None:

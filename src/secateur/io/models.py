@@ -13,7 +13,7 @@ from torch import nn
 from secateur import zoo
 from secateur.core.errors import MissingExtraError, ModelError, SettingsError, UnknownNameError
 from secateur.shrink.folder import CARD, CONFIG, OWN, read_config
-from secateur.shrink.load import build, load, load_weights
+from secateur.shrink.load import build, load, load_weights, outline_transformers
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "tokenizer*"]
@@ -72,6 +72,32 @@ def open_model(
     except (RuntimeError, AssertionError) as error:
         raise SettingsError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from error
     return opened
+
+
+def open_outline(name: str, wanted: bool = False) -> OpenedModel | None:
+    """The model without the values of its weights, on the meta device; None where it should be loaded instead.
+
+    A folder with a `config.json` and no safetensors has no weights to load, so it needs no asking.
+
+    Args:
+        name: a folder or `module.path:factory`; zoo models are small and always loaded.
+        wanted: do without weights even if they are there.
+
+    Raises:
+        ModelError: the model cannot be built.
+    """
+    folder = Path(name)
+    if (folder / CONFIG).exists():
+        bare = wanted or not any(folder.glob("*.safetensors"))
+        return OpenedModel(outline_transformers(folder), name, folder, None, recorded_data(folder)) if bare else None
+    if not wanted or name.startswith("zoo:"):
+        return None
+    if ":" not in name:
+        raise ModelError(
+            f"'{name}' cannot be built without weights: give module.path:factory or a folder with {CONFIG}"
+        )
+    with torch.device("meta"):
+        return OpenedModel(build(name).eval(), name, factory=name)
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

@@ -7,8 +7,8 @@ axis on which the time rises in steps is read at the end of the step.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right, insort
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise, product
 
@@ -66,7 +66,7 @@ class Grid:
             ends = [self.values[self._on(axis, width)] for width in (below, above)]
             straight = ends[0] + (ends[1] - ends[0]) * (middle - below) / (above - below)
             if abs(value - straight) > MISS * straight:
-                self.lines[axis].insert(bisect_left(self.lines[axis], middle), middle)
+                insort(self.lines[axis], middle)
             else:
                 self._settled.add((axis, below, above))
         self.steps = [self._step(axis) for axis in range(len(self.full))]
@@ -81,7 +81,7 @@ class Grid:
     def _interpolated(self, widths: Widths) -> float:
         corners: list[tuple[Widths, float]] = [((), 1.0)]
         for width, step, lines in zip(widths, self.steps, self.lines, strict=True):
-            ends = list(_ends(min(-(-width // step) * step, lines[-1]), lines))
+            ends = list(_ends(width, lines, step))
             corners = [((*point, line), weight * part) for point, weight in corners for line, part in ends]
         return sum(weight * self.values[point] for point, weight in corners)
 
@@ -126,13 +126,16 @@ def _middle(full: int) -> int:
     return full // 2 // grain * grain or grain
 
 
-def _ends(width: int, lines: list[int]) -> Iterator[tuple[int, float]]:
-    """The lines on both sides of a width with their shares; one line where it stands on it or outside."""
-    place = bisect_left(lines, width)
-    if place == 0 or lines[place] == width:
-        yield lines[place], 1.0
+def _ends(width: int, lines: list[int], step: int) -> Iterator[tuple[int, float]]:
+    """The lines on both sides of a width with their shares; one line where it stands on it or outside.
+
+    Width and lines are taken to the ends of their steps.
+    """
+    width, places = -(-width // step) * step, [-(-line // step) * step for line in lines]
+    below = bisect_right(places, width) - 1
+    if below < 0 or below == len(lines) - 1 or places[below] == width:
+        yield lines[max(below, 0)], 1.0
         return
-    below, above = lines[place - 1 : place + 1]
-    share = (width - below) / (above - below)
-    yield below, 1 - share
-    yield above, share
+    share = (width - places[below]) / (places[below + 1] - places[below])
+    yield lines[below], 1 - share
+    yield lines[below + 1], share

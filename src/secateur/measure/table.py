@@ -1,9 +1,9 @@
 """Predict how long a model takes with any widths, from times of its layers that were measured here.
 
 Every convolution and linear layer is timed alone, at the widths where its time bends (see `grid`). What
-the layers leave of the whole model's time, such as norms, activations and Python's own, is split into a
-fixed part and one that goes with the number of activations, by timing the model a second time with half
-of everything cut out.
+the layers leave of the whole model's time, such as norms, activations and Python's own, is split into
+parts that stay, that go with the number of activations and that go with the number of weights, by timing
+the model a second time with half of everything cut out.
 """
 
 from __future__ import annotations
@@ -15,116 +15,23 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.core.errors import ModelError, PlanError, SecateurError, SettingsError, UnknownNameError
+from secateur.core.errors import PlanError, SecateurError, SettingsError, UnknownNameError
 from secateur.core.fingerprint import describe
 from secateur.core.method import Batch
 from secateur.core.plan import Plan
 from secateur.core.progress import Progress, Silent
-from secateur.core.units import Layout
-from secateur.data.running import bound, device_of, dtype_of, evaluating
+from secateur.data.running import device_of, dtype_of
+from secateur.measure.calls import Call, Kernel, record
 from secateur.measure.grid import Grid, Widths
-from secateur.measure.timings import MODEL_SECONDS, Timer, Timings, Work, cache_folder, machine, undisturbed
+from secateur.measure.timings import MODEL_SECONDS, Timer, Timings, cache_folder, machine, undisturbed
 from secateur.shrink.cut import install, make_cut
 from secateur.structure.analysis import Structure
-from secateur.structure.dims import Axis, Dim, count, factor, product, resolve, size
-from secateur.structure.layers import layout_of
-
-FILL = 0.01  # of weights and inputs: zeros, denormals and NaN would not be typical
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """What a call of a weight layer is, apart from its widths.
-
-    Attributes:
-        kind: the class of the layer, e.g. `Conv2d`.
-        settings: arguments of the class besides the widths.
-        batch, positions: the input's dimensions before and after the channels; empty for linear layers,
-            whose leading dimensions are the rows.
-        dtype, device: of the weight.
-        channels_last: whether the input is stored that way.
-    """
-
-    kind: str
-    settings: tuple[tuple[str, Any], ...]
-    batch: Widths
-    positions: Widths
-    dtype: torch.dtype
-    device: torch.device
-    channels_last: bool
-
-    def name(self, widths: Widths) -> str:
-        """The same for equal work, in this process and the next."""
-        settings = " ".join(f"{name}={value}" for name, value in self.settings)
-        layout = " channels_last" if self.channels_last else ""
-        inputs, outputs, groups, rows = widths
-        return (
-            f"{self.kind} in={inputs} out={outputs} groups={groups} rows={rows} batch={list(self.batch)} "
-            f"positions={list(self.positions)} {settings} {str(self.dtype).removeprefix('torch.')}{layout}"
-        )
-
-    def work(self, widths: Widths) -> Work:
-        """A layer with its own weights and an input: `widths` are inputs and outputs of a group, groups, rows."""
-        inputs, outputs, groups, rows = widths
-        with torch.device("meta"):
-            layer = self._layer(inputs, outputs, groups)
-        layer = layer.to(self.dtype).to_empty(device=self.device).requires_grad_(False).eval()
-        for parameter in layer.parameters():
-            parameter.fill_(FILL)
-        shape = (*self.batch, inputs * groups, *self.positions) if self.positions else (rows, inputs)
-        x = torch.full(shape, FILL, dtype=self.dtype, device=self.device)
-        if self.channels_last:
-            layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            x = x.to(memory_format=torch.channels_last)
-        return layer, Batch((x,))
-
-    def _layer(self, inputs: int, outputs: int, groups: int) -> nn.Module:
-        settings = dict(self.settings)
-        if self.kind == "Linear":
-            return nn.Linear(inputs, outputs, **settings)
-        if self.kind == "Conv1D":
-            from transformers.pytorch_utils import Conv1D
-
-            layer: nn.Module = Conv1D(outputs, inputs)
-            return layer
-        convolution: nn.Module = getattr(nn, self.kind)(inputs * groups, outputs * groups, groups=groups, **settings)
-        return convolution
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a layer in the model's run.
-
-    Attributes:
-        module: the layer's qualified name.
-        kernel: what is called.
-        dims: inputs of a group, outputs of a group, groups, rows.
-        full: their sizes in this run; rows can be more than the structure saw.
-        results: elements of the result.
-    """
-
-    module: str
-    kernel: Kernel
-    dims: tuple[Dim, Dim, Dim, Dim]
-    full: Widths
-    results: int
-
-    def widths(self, kept: Mapping[Axis, int]) -> Widths:
-        """The widths when `kept` units of each axis stay."""
-        return tuple(
-            max(1, full * count(dim, kept) // size(dim)) for dim, full in zip(self.dims, self.full, strict=True)
-        )
-
-    def activations(self, widths: Widths) -> float:
-        """Elements of the result at these widths."""
-        return self.results * prod(widths[1:]) / prod(self.full[1:])
+from secateur.structure.dims import Axis
 
 
 @dataclass(frozen=True)
@@ -154,8 +61,8 @@ class LatencyTable:
         calls: the weight layers' calls in one run.
         dense: milliseconds of the whole model, as measured.
         half: milliseconds of the model with every site at half, as measured; None if it cannot be run.
-        fixed, moving: the part of `dense` outside of the layers that stays, and the one that goes with
-            the activations.
+        fixed, activations, weights: the parts of `dense` that the layers alone do not show: one that
+            stays, and those that go with the activations and the weights that stay.
         scale: measured time of the layers inside the model over that of the layers alone, at most 1.
         measured: how many times were measured rather than read from the cache.
         path: the cache file.
@@ -166,7 +73,8 @@ class LatencyTable:
     dense: float = 0.0
     half: float | None = None
     fixed: float = 0.0
-    moving: float = 0.0
+    activations: float = 0.0
+    weights: float = 0.0
     scale: float = 1.0
     measured: int = 0
     path: Path | None = None
@@ -218,8 +126,8 @@ class LatencyTable:
             PlanError: a site would keep none of its units, or more than it has.
         """
         self._check(counts)
-        layers, share = self._layers(self.structure.kept(counts))
-        return self.scale * layers + self.fixed + self.moving * share
+        layers, activations, weights = self._layers(self.structure.kept(counts))
+        return self.scale * layers + self.fixed + self.activations * activations + self.weights * weights
 
     def layers(self, counts: Mapping[str, int]) -> dict[str, float]:
         """Layer -> predicted milliseconds of all its calls, in the order of the run."""
@@ -260,15 +168,17 @@ class LatencyTable:
     def _key(self, call: Call) -> tuple[Kernel, Widths, Widths]:
         return call.kernel, call.widths(dict.fromkeys(self.structure.axes.values(), 1)), call.full
 
-    def _layers(self, kept: Mapping[Axis, int]) -> tuple[float, float]:
-        """Milliseconds of all layers alone, and the share of activations that stays."""
-        layers = share = total = 0.0
+    def _layers(self, kept: Mapping[Axis, int]) -> tuple[float, float, float]:
+        """Milliseconds of all layers alone, and the shares of activations and weights that stay."""
+        layers = activations = weights = 0.0
         for call, grid, times in self._terms:
             widths = call.widths(kept)
             layers += times * grid.at(widths)
-            share += times * call.activations(widths)
-            total += times * call.results
-        return layers, share / total if total else 1.0
+            activations += times * call.activations(widths)
+            weights += times * call.weights(widths)
+        total = sum(call.results for call in self.calls) or 1
+        total_weights = sum(call.elements for call in self.calls) or 1
+        return layers, activations / total, weights / total_weights
 
     def _measure_layers(self, timings: Timings, progress: Progress) -> None:
         for call in self.calls:
@@ -300,110 +210,21 @@ class LatencyTable:
         self._calibrate(counts)
 
     def _calibrate(self, counts: Mapping[str, int]) -> None:
-        """Choose scale, fixed and moving so that the measured models are met, none of them negative."""
-        layers, _ = self._layers({})
-        half_layers, share = self._layers(self.structure.kept(counts))
-        half = self.half if self.half is not None else self.dense
-        ratios = [whole / part for whole, part in ((self.dense, layers), (half, half_layers)) if part]
-        self.scale = min(1.0, *ratios)
+        """Choose scale and parts, none of them negative, so that dense is met, and half where layers leave room."""
+        layers, *_ = self._layers({})
+        half_layers, activations, weights = self._layers(self.structure.kept(counts))
+        half = self.dense if self.half is None else self.half
+        self.scale = min(1.0, self.dense / layers) if layers else 1.0
         rest = self.dense - self.scale * layers
-        drop = rest - (half - self.scale * half_layers) if self.half is not None else rest * (1 - share)
-        self.moving = min(max(drop / (1 - share), 0.0), rest) if share < 1 else 0.0
-        self.fixed = rest - self.moving
-
-
-# --- the run --------------------------------------------------------------------------------------
-
-
-def record(model: nn.Module, structure: Structure, batch: Batch) -> list[Call]:
-    """The weight layers' calls in one run of the model, in order.
-
-    Raises:
-        ModelError: the model has no weights, does not run on the batch, or is not the structure's.
-    """
-    if device_of(model).type == "meta":
-        raise ModelError(f"{type(model).__name__} has no weights (device 'meta') and cannot be timed; load its weights")
-    calls: list[Call] = []
-    handles = []
-
-    def watch(name: str, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-        if args and isinstance(args[0], Tensor) and isinstance(result, Tensor):
-            calls.append(_call(name, module, structure, args[0], result))
-
-    for name, module in model.named_modules():
-        if layout_of(module) is not None and f"{name}.weight" in structure.observation.tensors:
-            handles.append(module.register_forward_hook(partial(watch, name)))
-    try:
-        with evaluating(model), torch.inference_mode():
-            bound(model, batch)()
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"{type(model).__name__} cannot be run to be timed: {first}; give inputs it expects"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-def _call(name: str, module: nn.Module, structure: Structure, x: Tensor, result: Tensor) -> Call:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    dims = structure.observation.tensors[f"{name}.weight"]
-    if tuple(map(size, dims)) != tuple(weight.shape):
-        raise ModelError(
-            f"'{name}.weight' is {list(weight.shape)} but {list(map(size, dims))} in the structure, which is another "
-            "model's or from before a cut; analyse this model"
-        )
-    layout = layout_of(module)
-    if layout in (Layout.CONV, Layout.CONV_TRANSPOSED):
-        inputs, outputs, groups = _grouped(module, dims)
-        spatial = weight.dim() - 2
-        batch, positions = tuple(x.shape[: -spatial - 1]), tuple(x.shape[-spatial:])
-        rows: Dim = 1
-        full = (size(inputs), size(outputs), size(groups), 1)
-    else:
-        outputs, inputs = dims if layout is Layout.LINEAR else (dims[1], dims[0])
-        batch, positions, groups, rows = (), (), 1, _rows(name, structure)
-        full = (size(inputs), size(outputs), 1, prod(x.shape[:-1]))
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    kernel = Kernel(_kind(module), _settings(module), batch, positions, weight.dtype, weight.device, last)
-    resolved = (resolve(inputs), resolve(outputs), resolve(groups), resolve(rows))
-    return Call(name, kernel, resolved, full, result.numel())
-
-
-def _grouped(module: nn.Module, dims: tuple[Dim, ...]) -> tuple[Dim, Dim, Dim]:
-    """Inputs and outputs of a group, and the groups, of a convolution."""
-    assert isinstance(module, nn.modules.conv._ConvNd)
-    groups, own = factor(dims[0], size(dims[0]) // module.groups, f"groups of '{module}'")
-    return (own, dims[1], groups) if module.transposed else (dims[1], own, groups)
-
-
-def _rows(name: str, structure: Structure) -> Dim:
-    """What stands before the features of a linear layer's input: it can hold units, as in token mixing."""
-    for one in structure.observation.products:
-        if one.module == name and len(one.dims) >= 2:
-            return product(*one.dims[:-2])
-    return 1
-
-
-def _kind(module: nn.Module) -> str:
-    """The class in torch or transformers: what a subclass adds is not the layer's own time."""
-    known = (nn.Linear, *vars(nn.modules.conv).values())
-    classes = [kind.__name__ for kind in type(module).__mro__ if kind in known]
-    return classes[0] if classes else "Conv1D"
-
-
-def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    if layout_of(module) is Layout.TRANSPOSED:
-        return ()
-    settings: list[tuple[str, Any]] = [("bias", module.bias is not None)]
-    if isinstance(module, nn.modules.conv._ConvNd):
-        names = ["kernel_size", "stride", "padding", "dilation", "padding_mode"]
-        names += ["output_padding"] if module.transposed else []
-        settings += [(name, getattr(module, name)) for name in names]
-    return tuple(settings)
+        drop = rest * (1 - activations) if self.half is None else rest - (half - self.scale * half_layers)
+        if drop <= rest * (1 - activations):
+            self.activations = max(drop, 0.0) / (1 - activations) if activations < 1 else 0.0
+            self.fixed = rest - self.activations
+        else:
+            # what falls faster than activations is the reading of weights, of which both sides of each layer fall
+            faster = (drop - rest * (1 - activations)) / (activations - weights) if weights < activations else 0.0
+            self.weights = min(faster, rest)
+            self.activations = rest - self.weights
 
 
 # --- the whole model ------------------------------------------------------------------------------

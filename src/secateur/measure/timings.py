@@ -22,7 +22,7 @@ from secateur.measure.latency import latency
 from secateur.measure.machine import cpu_name
 
 FORMAT = 1
-TOGETHER = 8  # calls that are timed against each other; the file is written after each such group
+TOGETHER = 4  # calls that are timed against each other; the file is written after each such group
 ELEMENTS = 2**26  # weights and inputs of a group's calls: 256 MB in float32
 LAYER_SECONDS = 0.03
 MODEL_SECONDS = 1.0

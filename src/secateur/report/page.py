@@ -34,7 +34,7 @@ def render(records: list[Record]) -> str:
     """
     if not records:
         raise ReportError("a report needs at least one result; name a folder made by `secateur prune`")
-    template = _environment().get_template("report.html")
+    template = environment().get_template("report.html")
     several = len(records) > 1
     return template.render(
         style=Html((HERE / "report.css").read_text(encoding="utf-8")),
@@ -51,7 +51,15 @@ def write(records: list[Record], path: str | Path) -> Path:
         ReportError: there is no record.
         OutputError: the disk is full or the place not writable.
     """
-    text = render(records)
+    return put(render(records), path)
+
+
+def put(text: str, path: str | Path) -> Path:
+    """Write a page's text; the file appears whole or not at all, and replaces an older one.
+
+    Raises:
+        OutputError: the disk is full or the place not writable.
+    """
     path = Path(os.path.abspath(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,13 +78,14 @@ def write(records: list[Record], path: str | Path) -> Path:
     return path
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Templates of this folder, with what they call."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(
+    found = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals |= {
+    found.globals |= {
         "cards": cards,
         "bars": bars,
         "figures": figures,
@@ -86,7 +95,7 @@ def _environment() -> Environment:
         "next_steps": next_steps,
         "came_back": came_back,
     }
-    return environment
+    return found
 
 
 def next_steps(record: Record) -> list[str]:

@@ -11,40 +11,57 @@ from torch import Tensor, nn
 
 from secateur.core.errors import PlanError
 from secateur.core.fingerprint import digests
+from secateur.core.method import Batch
 from secateur.core.plan import Plan
 from secateur.core.units import UnitKind
+from secateur.shrink.cut import structured, tensors_of
 from secateur.shrink.depth import Undo, blocks_of, kept_list, remove_blocks_
+from secateur.shrink.verify import cut_
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def changed_weights(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, live parameter, its value under the plan) for every weight the plan changes.
+    """(name, live parameter or buffer, its value under the plan) for everything whose values the plan changes.
 
-    Zeros are exact and positive. Values have the parameter's dtype and device.
+    Zeros are exact and positive. Values have the tensor's dtype and device; structured units are not cut here.
     """
-    parameters = dict(model.named_parameters())
+    tensors = tensors_of(model)
     for name, site in plan.sites.items():
         if site.kind is UnitKind.WEIGHT:
-            parameter = parameters[name]
-            value = plan.weights.get(name, parameter.detach()).to(parameter.device, parameter.dtype)
-            yield name, parameter, value.masked_fill(~plan.masks[name].to(parameter.device), 0)
+            tensor = tensors[name]
+            value = plan.weights.get(name, tensor.detach()).to(tensor.device, tensor.dtype)
+            yield name, tensor, value.masked_fill(~plan.masks[name].to(tensor.device), 0)
+    for name in plan.weights.keys() - plan.sites.keys():
+        tensor = tensors[name]
+        yield name, tensor, plan.weights[name].to(tensor.device, tensor.dtype)
 
 
 def stamp(model: nn.Module, plan: Plan) -> None:
     """Record in the plan which model it was made on and what its weights become."""
     plan.planned_on = digests(dict(model.named_parameters()))
-    plan.applied = digests({name: value for name, _, value in changed_weights(model, plan)})
+    plan.applied = {} if structured(plan) else _applied(model, plan)
+
+
+def _applied(model: nn.Module, plan: Plan) -> dict[str, str]:
+    return digests({name: value for name, _, value in changed_weights(model, plan)})
 
 
 def _check(model: nn.Module, plan: Plan, other_weights: bool) -> None:
     """Refuse before anything is changed what does not fit anywhere in the plan."""
     plan.check_model(dict(model.named_parameters()), other_weights)
+    tensors = tensors_of(model)
     for name, site in plan.sites.items():
         if site.kind is UnitKind.BLOCK:
             blocks_of(model, name, site.units)
-        elif site.kind is not UnitKind.WEIGHT:
-            raise PlanError(f"'{name}' holds units of the kind {site.kind}; only weights and blocks can be applied")
+        for place in site.occurrences:
+            if place.parameter not in tensors:
+                raise PlanError(f"the plan cuts '{place.parameter}', which this model does not have")
+
+
+def _copied(tensor: Tensor) -> Undo:
+    before = tensor.detach().clone()
+    return lambda: tensor.data.copy_(before) and None
 
 
 def _remove_blocks(model: nn.Module, plan: Plan) -> list[Undo]:
@@ -56,16 +73,20 @@ def _remove_blocks(model: nn.Module, plan: Plan) -> list[Undo]:
 
 
 @contextlib.contextmanager
-def masked(model: M, plan: Plan, other_weights: bool = False) -> Iterator[M]:
+def masked(
+    model: M, plan: Plan, other_weights: bool = False, *, example: Batch | None = None, verify: bool = True
+) -> Iterator[M]:
     """The model under the plan inside the block; bit for bit as before afterwards.
 
     No hooks and no wrappers: state-dict keys, deepcopy and compilation see plain parameters. Changes
-    made to masked weights inside the block are dropped with the masks.
+    made to masked weights inside the block are dropped with the masks. Structured units are really gone
+    inside the block: that is what their masks mean, also where norms count units.
 
     Args:
         model: the model that the plan was made for.
         plan: what stays.
         other_weights: accept the same architecture with other values, e.g. after fine-tuning.
+        example, verify: as for `apply_`.
 
     Raises:
         PlanError: the plan belongs to another model; nothing was changed.
@@ -77,7 +98,9 @@ def masked(model: M, plan: Plan, other_weights: bool = False) -> Iterator[M]:
         for _, parameter, value in changed_weights(model, plan):
             originals.append((parameter, parameter.data))
             parameter.data = value
-        undo = _remove_blocks(model, plan)
+        if structured(plan):
+            undo.append(cut_(model, plan, example, verify))
+        undo += _remove_blocks(model, plan)
         yield model
     finally:
         for put_back in reversed(undo):
@@ -86,8 +109,10 @@ def masked(model: M, plan: Plan, other_weights: bool = False) -> Iterator[M]:
             parameter.data = data
 
 
-def apply_(model: M, plan: Plan, other_weights: bool = False) -> M:
-    """Make the plan permanent, in place: zeros written, new weights set, blocks removed.
+def apply_(
+    model: M, plan: Plan, other_weights: bool = False, *, example: Batch | None = None, verify: bool = True
+) -> M:
+    """Make the plan permanent, in place: zeros written, new weights set, structured units and blocks cut out.
 
     Applying the masks of a plan twice does what applying them once does.
 
@@ -95,19 +120,31 @@ def apply_(model: M, plan: Plan, other_weights: bool = False) -> M:
         model: the model that the plan was made for.
         plan: what stays.
         other_weights: accept the same architecture with other values, e.g. after fine-tuning.
+        example: inputs to find the structure with and to check the cut on; default: made-up ones like
+            those that were planned with. Only for structured units.
+        verify: compare the cut model with the masked one on the example.
 
     Returns:
         The same model.
 
     Raises:
-        PlanError: the plan belongs to another model; nothing was changed.
+        PlanError: the plan belongs to another model, or the cut model gives other results than the
+            masked one; nothing was changed.
     """
     _check(model, plan, other_weights)
+    undo: list[Undo] = []
     with torch.no_grad():
-        for _, parameter, value in changed_weights(model, plan):
-            parameter.copy_(value)
-    if plan.planned_on and not plan.applied and not other_weights:
-        # combined from plans that each knew only their own result
-        plan.applied = digests({name: value for name, _, value in changed_weights(model, plan)})
+        for _, tensor, value in changed_weights(model, plan):
+            undo.append(_copied(tensor))
+            tensor.copy_(value)
+    if structured(plan):
+        try:
+            cut_(model, plan, example, verify)
+        except BaseException:
+            for put_back in reversed(undo):
+                put_back()
+            raise
+    elif plan.planned_on and not plan.applied and not other_weights:
+        plan.applied = _applied(model, plan)  # combined from plans that each knew only their own result
     _remove_blocks(model, plan)
     return model

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -138,6 +139,24 @@ def load_transformers(folder: Path) -> nn.Module:
         warnings.warn(f"'{folder}' holds '{name}', which {found.__name__} does not use", stacklevel=2)
     loaded: nn.Module = model.eval()
     return loaded
+
+
+def outline_transformers(folder: Path) -> nn.Module:
+    """The model that a folder's config describes, on the meta device: everything but the values of its weights.
+
+    Raises:
+        ModelError: unknown class, or a config that no model can be made of.
+    """
+    config = read_config(folder)
+    found = _model_class(folder, config)
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            model: nn.Module = found(found.config_class.from_pretrained(folder))
+    except Exception as error:
+        # a damaged config can make a model class raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"'{folder}' cannot be built as {found.__name__}: {reason}") from error
+    return model.eval()
 
 
 def _model_class(folder: Path, config: dict[str, Any]) -> Any:

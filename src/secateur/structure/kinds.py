@@ -39,6 +39,8 @@ def _roles(observation: Observation) -> dict[Axis, set[str]]:
 def _label(modules: Mapping[str, nn.Module], roles: set[str], places: list[Occurrence]) -> tuple[UnitKind, str]:
     producers = _producers(modules, places)
     first = producers[0] if producers else _owner(places[0].parameter)
+    if roles and any(_of_stream(modules, place) for place in places):
+        roles = set()  # the width of the stream is made of heads; it is still the stream's
     for role, kind in (
         ("shared", UnitKind.KV_GROUP),
         ("heads", UnitKind.HEAD),
@@ -62,6 +64,13 @@ def _plain_kind(modules: Mapping[str, nn.Module], producers: list[str], places: 
     if convolutions:
         return UnitKind.CHANNEL
     return UnitKind.EMBEDDING if tables or len(producers) >= MANY else UnitKind.NEURON
+
+
+def _of_stream(modules: Mapping[str, nn.Module], place: Occurrence) -> bool:
+    """Whether a norm weighs the axis together with others: it is a factor of a layer's whole width."""
+    owner = modules.get(_owner(place.parameter))
+    several = place.times > 1 or place.repeat > 1
+    return several and owner is not None and layout_of(owner) is None and "Norm" in type(owner).__name__
 
 
 def _is_table(modules: Mapping[str, nn.Module], place: Occurrence) -> bool:

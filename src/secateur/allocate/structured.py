@@ -1,0 +1,245 @@
+"""From scores of structured units and a budget to kept units: exact counts, widths that machines like."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from math import ceil, floor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur.core.budget import Budget, Quantity
+from secateur.core.errors import BudgetError
+from secateur.core.select import check_scores, keep_top
+from secateur.core.units import Site, UnitKind
+
+TOLERANCE = 0.01  # of the dense model's cost: how near a budget must be met
+
+Counts = dict[str, int]
+Cost = Callable[[Counts], float]
+
+
+class Scope(StrEnum):
+    """Which units are compared with each other."""
+
+    LOCAL = "local"  # within a site: every site loses the same share
+    GLOBAL = "global"  # all units of all sites in one ranking
+    ISOMORPHIC = "isomorphic"  # sites of the same form in one ranking (Fang et al. 2024)
+
+
+class Normalise(StrEnum):
+    """What makes scores of different sites comparable."""
+
+    NONE = "none"
+    MEAN = "mean"
+    MAX = "max"
+    STANDARD = "standard"
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What kept widths must look like.
+
+    Attributes:
+        scope: which units are compared.
+        multiple: kept counts are multiples of this where a site has at least 8 of them; 1 for any width.
+        minimum: every site keeps at least this many.
+        smallest_share: and at least this share of its units.
+        uniform: sites of the same form keep the same number, so that a plain config can say it.
+        hard: site -> multiple that its kernel asks for.
+        fixed: site -> kept units that are given.
+    """
+
+    scope: Scope = Scope.LOCAL
+    multiple: int = 1
+    minimum: int = 1
+    smallest_share: float = 0.0
+    uniform: bool = False
+    hard: Mapping[str, int] = field(default_factory=dict)
+    fixed: Mapping[str, int] = field(default_factory=dict)
+
+    def step(self, site: Site) -> int:
+        """The multiple that a site's kept count is rounded to."""
+        hard = self.hard.get(site.name, 1)
+        if site.kind in (UnitKind.HEAD, UnitKind.KV_GROUP, UnitKind.EXPERT, UnitKind.HEAD_DIM):
+            return hard
+        step = self.multiple
+        while step > 1 and site.units < 8 * step:
+            step //= 2
+        return max(hard, step - step % hard) if hard > 1 else step
+
+    def rounded(self, site: Site, count: float) -> int:
+        """The nearest count that is allowed."""
+        step = self.step(site)
+        nearest = max(1, int(count / step + 0.5)) * step
+        least = max(min(self.minimum, site.units), ceil(self.smallest_share * site.units - 1e-9))
+        lowest = -(-least // step) * step
+        return min(max(nearest, lowest), site.units)
+
+
+def normalised(scores: Mapping[str, Tensor], how: Normalise) -> dict[str, Tensor]:
+    """Scores on a common scale, site by site."""
+    if how is Normalise.NONE:
+        return dict(scores)
+    found = {}
+    for name, score in scores.items():
+        finite = score[torch.isfinite(score)]
+        if how is Normalise.STANDARD:
+            found[name] = (score - finite.mean()) / finite.std().clamp_min(1e-12) if len(finite) > 1 else score * 0
+        else:
+            size = finite.abs().mean() if how is Normalise.MEAN else finite.abs().amax()
+            found[name] = score / size.clamp_min(1e-30)
+    return found
+
+
+def form_of(site: Site) -> tuple[object, ...]:
+    """What two sites share that do the same work in different places."""
+    places = sorted((place.parameter.rpartition(".")[2], place.dim, place.repeat) for place in site.occurrences)
+    leaves = sorted(place.parameter.split(".")[-2] for place in site.occurrences if "." in place.parameter)
+    return site.kind, site.units, tuple(places), tuple(leaves)
+
+
+def pools(sites: Mapping[str, Site], scope: Scope) -> list[list[str]]:
+    """The sites whose units are ranked together."""
+    if scope is Scope.GLOBAL:
+        return [list(sites)]
+    if scope is Scope.LOCAL:
+        return [[name] for name in sites]
+    classes: dict[tuple[object, ...], list[str]] = defaultdict(list)
+    for name, site in sites.items():
+        classes[form_of(site)].append(name)
+    return list(classes.values())
+
+
+class Ranking:
+    """Kept counts as a function of one number: the share of units that goes."""
+
+    def __init__(self, sites: Mapping[str, Site], scores: Mapping[str, Tensor], widths: Widths) -> None:
+        self.sites, self.widths = sites, widths
+        free = {name: site for name, site in sites.items() if name not in widths.fixed}
+        self.pools = pools(free, widths.scope)
+        self.orders = []
+        for names in self.pools:
+            values = torch.cat([check_scores(scores[name], name).double().cpu() for name in names]).numpy()
+            owners = np.repeat(np.arange(len(names)), [sites[name].units for name in names])
+            self.orders.append(owners[np.argsort(values, kind="stable")])
+        self.forms: dict[str, tuple[object, ...]] = {name: form_of(site) for name, site in sites.items()}
+
+    def counts(self, share: float, exact: bool = False) -> Counts:
+        """Kept units per site when `share` of every pool goes; `exact` leaves out the rounding."""
+        found: dict[str, int] = dict(self.widths.fixed)
+        for names, order in zip(self.pools, self.orders, strict=True):
+            gone = np.bincount(order[: floor(share * len(order) + 1e-9)], minlength=len(names))
+            for name, removed in zip(names, gone, strict=True):
+                left = self.sites[name].units - int(removed)
+                found[name] = max(1, left) if exact else self.widths.rounded(self.sites[name], left)
+        return self._made_uniform(found) if self.widths.uniform else {name: found[name] for name in self.sites}
+
+    def _made_uniform(self, counts: Counts) -> Counts:
+        groups: dict[tuple[object, ...], list[str]] = defaultdict(list)
+        for name in self.sites:
+            groups[self.forms[name]].append(name)
+        for names in groups.values():
+            mean = sum(counts[name] for name in names) / len(names)
+            for name in names:
+                counts[name] = self.widths.rounded(self.sites[name], mean)
+        return {name: counts[name] for name in self.sites}
+
+
+def choose_units(
+    sites: Mapping[str, Site], scores: Mapping[str, Tensor], budget: Budget, widths: Widths, cost: Cost | None = None
+) -> dict[str, Tensor]:
+    """Keep-masks of structured sites that meet a budget.
+
+    Args:
+        sites: what can be cut.
+        scores: site -> `[units]`, comparable within `widths.scope`, higher = keep.
+        budget: a sparsity or density of units, or an amount of what `cost` counts.
+        widths: rounding, minimum, scope.
+        cost: kept counts -> parameters, FLOPs, bytes or milliseconds of the whole model.
+
+    Raises:
+        BudgetError: out of reach; gives the reachable range.
+    """
+    ranking = Ranking(sites, scores, widths)
+    if budget.quantity in (Quantity.SPARSITY, Quantity.DENSITY):
+        counts = ranking.counts(budget.sparsity)
+    else:
+        if cost is None:
+            raise BudgetError(f"a budget in {budget.quantity} needs a cost model; give a sparsity here")
+        counts = within(ranking, scores, budget, cost)
+    return {name: keep_top(scores[name], counts[name]) for name in sites}
+
+
+def target_of(budget: Budget, dense: float) -> float:
+    """The cost that may stay: an amount up to 1 is a share of the dense model's."""
+    return budget.amount * dense if budget.amount <= 1 else budget.amount
+
+
+def within(ranking: Ranking, scores: Mapping[str, Tensor], budget: Budget, cost: Cost) -> Counts:
+    """Counts whose cost is the budget's, from below, within `TOLERANCE` of the dense cost.
+
+    Raises:
+        BudgetError: out of reach; gives the reachable range.
+    """
+    dense = cost({name: site.units for name, site in ranking.sites.items()})
+    target = target_of(budget, dense)
+    least = cost(ranking.counts(1.0))
+    if not least <= target <= dense * (1 + 1e-9):
+        raise BudgetError(
+            f"{budget} is out of reach: the sites that may be cut allow {least / dense:.4g} to 1 of the dense "
+            f"{budget.quantity} ({least:.6g} to {dense:.6g}), {target:.6g} was asked for"
+        )
+    low, high = 0.0, 1.0  # share removed: too little, enough
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(ranking.counts(middle)) > target else (low, middle)
+    counts = ranking.counts(high)
+    if not ranking.widths.uniform:
+        counts = filled(ranking, scores, counts, target, cost, dense)
+    reached = cost(counts)
+    if target - reached > TOLERANCE * dense:
+        above = cost(ranking.counts(low))
+        raise BudgetError(
+            f"{budget} cannot be met within {TOLERANCE:.0%}: the nearest that these widths allow are "
+            f"{reached / dense:.4g} and {above / dense:.4g} of the dense {budget.quantity}; "
+            "allow other widths (multiple=1, layout=free) or another amount"
+        )
+    return counts
+
+
+def filled(
+    ranking: Ranking, scores: Mapping[str, Tensor], counts: Counts, target: float, cost: Cost, dense: float
+) -> Counts:
+    """Give back units, best first, while the budget allows it and is not met closely enough."""
+    counts = dict(counts)
+    for single in (False, True):
+        waiting = _next_best(ranking, scores, counts)
+        for name in waiting:
+            if target - cost(counts) <= TOLERANCE * dense:
+                return counts
+            site = ranking.sites[name]
+            step = ranking.widths.hard.get(name, 1) if single else ranking.widths.step(site)
+            while counts[name] + step <= site.units:
+                more = counts | {name: counts[name] + step}
+                if cost(more) > target:
+                    break
+                counts = more
+                if target - cost(counts) <= TOLERANCE * dense:
+                    return counts
+    return counts
+
+
+def _next_best(ranking: Ranking, scores: Mapping[str, Tensor], counts: Counts) -> Iterable[str]:
+    """Sites by the score of the best unit they lost."""
+
+    def best(name: str) -> float:
+        lost = ranking.sites[name].units - counts[name]
+        return float(torch.topk(scores[name], lost, largest=False).values.max()) if lost else float("-inf")
+
+    free = [name for name in ranking.sites if name not in ranking.widths.fixed]
+    return sorted((name for name in free if counts[name] < ranking.sites[name].units), key=best, reverse=True)

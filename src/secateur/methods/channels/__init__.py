@@ -1,0 +1,1 @@
+"""Channels, neurons and heads of any network, cut out through the structure engine."""

@@ -1,0 +1,180 @@
+"""LLM-Pruner (Ma, Fang, Wang 2023, NeurIPS, arXiv 2305.11627): coupled heads and neurons by first-order Taylor.
+
+Groups are those of the structure engine: an attention head with its rows of q, k, v and its columns of o
+(whole key/value groups where queries share them), a neuron with its gate and up rows and its down column.
+A weight's salience is `param_first` w g, `param_second` w^2 a, or `param_mix` w g - w^2 a / 2, with g the
+gradient of the mean loss of all sequences as one batch and a = mean over sequences of the squared gradient
+of each. Element form: absolute values, then summed over the rest of the row or column; `vectorize` sums
+first. The numbers of a group's matrices are combined by `combine`. From every group the share
+`sparsity` goes, in the blocks [first, last) only: the first and last blocks are the dearest (default: all
+but the first tenth and the last sixteenth, as the paper's blocks 4-29 of 32).
+
+The published code folds the longer query vector onto the keys by modulo where queries share keys, which
+mixes heads; here query head h belongs to key/value head h // repeats. Recovery by LoRA is the caller's.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from secateur.core import tags as t
+from secateur.core.errors import BudgetError
+from secateur.core.method import Batch, Decision, Group, Method, Protocol, Task
+from secateur.core.units import Site, UnitKind
+from secateur.scores.groups import Combine, group_scores
+from secateur.shrink.cut import tensors_of
+from secateur.shrink.structured import StructuredSettings, View, decide
+from secateur.stats.gradients import weight_gradients
+from secateur.structure.layers import layout_of
+from secateur.structure.stacks import main_stack
+
+
+class Salience(StrEnum):
+    """Which terms of the Taylor expansion count."""
+
+    FIRST = "param_first"
+    SECOND = "param_second"
+    MIX = "param_mix"
+
+
+class Reduce(StrEnum):
+    """Whether signs inside a row may cancel."""
+
+    ELEMENT = "element"
+    VECTORIZE = "vectorize"
+
+
+class LLMPrunerSettings(StructuredSettings):
+    """LLM-Pruner's settings."""
+
+    salience: Salience = Field(Salience.FIRST, description="param_first, param_second or param_mix")
+    reduce: Reduce = Field(Reduce.ELEMENT, description="absolute values first (element) or sums first (vectorize)")
+    combine: Combine = Field(Combine.SUM, description="how a group's matrices become one score")
+    multiple: int = Field(1, ge=1, description="keep widths at multiples of this where a site is 8 times as wide")
+    first: int | None = Field(None, ge=0, description="first block to prune, 0-based; default: a tenth of the blocks")
+    last: int | None = Field(None, ge=1, description="block to stop before; default: all but a sixteenth")
+
+
+def saliences(view: View, settings: LLMPrunerSettings) -> dict[str, Tensor]:
+    """One score per head and neuron."""
+    modules = dict(view.model.named_modules())
+    chosen = {
+        (place.parameter, place.dim)
+        for site in view.sites.values()
+        for place in site.occurrences
+        if layout_of(modules[place.parameter.rpartition(".")[0]]) is not None and not place.parameter.endswith("bias")
+    }
+    names = sorted({name for name, _ in chosen})
+    per_weight = _per_weight(view, names, settings.salience)
+
+    def vector(name: str, dim: int) -> Tensor | None:
+        if (name, dim) not in chosen:
+            return None
+        others = [d for d in range(per_weight[name].dim()) if d != dim]
+        if settings.reduce is Reduce.ELEMENT:
+            return per_weight[name].abs().sum(others)
+        return per_weight[name].sum(others).abs()
+
+    return group_scores(view.sites, vector, settings.combine)
+
+
+def _per_weight(view: View, names: list[str], salience: Salience) -> dict[str, Tensor]:
+    tensors, task = tensors_of(view.model), view.task
+    weights = {name: tensors[name].detach().float() for name in names}
+    second = {}
+    if salience is not Salience.FIRST:
+        squares = _mean_squares(view, names)
+        second = {name: weights[name].square() * squares[name] for name in names}
+        if salience is Salience.SECOND:
+            return second
+    gradients = weight_gradients(view.model, task.batches, names, task.progress)
+    first = {name: weights[name] * gradients[name] for name in names}
+    return {name: first[name] - 0.5 * second[name] for name in names} if second else first
+
+
+def _mean_squares(view: View, names: list[str]) -> dict[str, Tensor]:
+    """The mean over sequences of each sequence's squared gradient."""
+    sequences = [one for batch in view.task.batches for one in _singly(batch)]
+    sums: dict[str, Tensor] = {}
+    for one in sequences:
+        found = weight_gradients(view.model, [one], names, view.task.progress)
+        for name, gradient in found.items():
+            square = gradient.square_() / len(sequences)
+            sums[name] = sums[name].add_(square) if name in sums else square
+    return sums
+
+
+def _singly(batch: Batch) -> list[Batch]:
+    def pick(item: object, i: int) -> object:
+        return item[i : i + 1] if isinstance(item, Tensor) else item
+
+    return [
+        Batch(
+            tuple(pick(item, i) for item in batch.args),
+            {name: pick(item, i) for name, item in batch.kwargs.items()},
+            None if batch.target is None else batch.target[i : i + 1],
+        )
+        for i in range(batch.samples)
+    ]
+
+
+def in_blocks(model: nn.Module, settings: LLMPrunerSettings) -> list[str]:
+    """The names of the blocks that are pruned.
+
+    Raises:
+        BudgetError: the range holds no block.
+    """
+    stack = main_stack(model)
+    count = len(stack.blocks)
+    first = round(count / 10) if settings.first is None else settings.first
+    last = count - round(count / 16) if settings.last is None else settings.last
+    if not 0 <= first < last <= count:
+        raise BudgetError(f"first={first} and last={last} name no block of '{stack.name}', which has {count}")
+    return [stack.block_name(index) for index in range(first, last)]
+
+
+def plan(task: Task, settings: LLMPrunerSettings) -> Decision:
+    """Gradients of a few sequences, one score per coupled group, the same share from each."""
+    blocks = in_blocks(task.model, settings)
+
+    def inside(site: Site) -> bool:
+        return any(all(place.parameter.startswith(f"{block}.") for place in site.occurrences) for block in blocks)
+
+    with torch.no_grad():
+        return decide(task, settings, lambda view: saliences(view, settings), inside)
+
+
+method = Method(
+    name="llm_pruner",
+    paper="B3",
+    title="LLM-Pruner: on the structural pruning of large language models",
+    citation="Ma, Fang, Wang 2023, NeurIPS, arXiv 2305.11627",
+    formula="S_g = sum over the group's matrices of sum |w * dL/dw|, lowest heads and neurons of every block go",
+    kind=Protocol.PLAN,
+    tags=t.Tags(
+        speedup=frozenset({t.Speedup.STRUCTURED}),
+        when=frozenset({t.When.AFTER_TRAINING}),
+        criterion=frozenset({t.Criterion.LOSS_CHANGE, t.Criterion.SENSITIVITY_SALIENCY}),
+        granularity=frozenset({t.Granularity.HEAD, t.Granularity.NEURON}),
+        schedule=t.Schedule.ONE_SHOT,
+        data=t.Data.DATA_DRIVEN,
+        weights=t.Weights.PRETRAINED,
+        recovery=t.Recovery.FINE_TUNE,
+        allocation=t.Allocation.LOCAL,
+        supervision=t.Supervision.SUPERVISED,
+        domain=frozenset({t.Domain.LLM}),
+        physical=True,
+        post_training=True,
+    ),
+    settings=LLMPrunerSettings,
+    run=plan,
+    units=UnitKind.HEAD,
+    exact=Group.SITE,
+    needs_data=True,
+    needs_labels=False,
+    structured=True,
+)

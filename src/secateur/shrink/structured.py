@@ -1,0 +1,259 @@
+"""What all methods on structured units share: find the sites, score, choose under the budget, repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from fnmatch import fnmatchcase
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from secateur.allocate.structured import Cost, Normalise, Scope, Widths, choose_units, normalised, target_of
+from secateur.core.budget import COSTS, Budget, Quantity
+from secateur.core.errors import BudgetError, ModelError, NumericsError, SettingsError, UnknownNameError
+from secateur.core.method import Decision, Settings, Task
+from secateur.core.plan import Plan
+from secateur.core.units import Site, UnitKind
+from secateur.data.example import example_for
+from secateur.shrink.cut import STRUCTURED, install, make_cut
+from secateur.structure.analysis import Structure, analyse
+
+DEFAULT_KINDS = (UnitKind.CHANNEL, UnitKind.NEURON, UnitKind.HEAD, UnitKind.KV_GROUP)
+
+
+class Shape(StrEnum):
+    """Whether sites of the same form must keep the same number of units."""
+
+    FREE = "free"
+    UNIFORM = "uniform"  # what a transformers config can say: loads with plain from_pretrained
+
+
+class StructuredSettings(Settings):
+    """Settings of every method that removes channels, neurons, heads or widths."""
+
+    kinds: str = Field(
+        "auto",
+        description="kinds of unit, comma-separated: channel, neuron, head, kv_group, head_dim, embedding, expert; "
+        "auto: channels, neurons and heads (whole key/value groups where queries share them)",
+    )
+    scope: Scope = Field(Scope.LOCAL, description="which units compete: within a site, all, or those of equal sites")
+    normalise: Normalise = Field(Normalise.MEAN, description="scale of a site's scores in a common ranking")
+    multiple: int = Field(8, ge=1, description="keep widths at multiples of this where a site is 8 times as wide")
+    layout: Shape = Field(Shape.FREE, description="uniform: equal sites keep equal numbers, as plain configs ask")
+    largest_cut: float = Field(0.9, gt=0, le=1, description="largest share of a site's units that may go")
+    steps: int = Field(1, ge=1, description="prune in this many steps, scoring the smaller model again after each")
+    shares: str = Field("", description="own removed share for single sites: 'layer1.*=0.2,layer2.0.conv1=0'")
+
+    def chosen_kinds(self) -> frozenset[UnitKind] | None:
+        """The kinds that were named; None for auto.
+
+        Raises:
+            UnknownNameError: no such kind.
+        """
+        if self.kinds == "auto":
+            return None
+        known = {kind.value: kind for kind in STRUCTURED}
+        for word in self.kinds.split(","):
+            if word.strip() not in known:
+                raise UnknownNameError("kind of unit", word.strip(), known)
+        return frozenset(known[word.strip()] for word in self.kinds.split(","))
+
+    def own_shares(self) -> list[tuple[str, float]]:
+        """(pattern, removed share) of single sites.
+
+        Raises:
+            SettingsError: not of the form pattern=share.
+        """
+        found = []
+        for item in filter(None, (part.strip() for part in self.shares.split(","))):
+            pattern, equals, share = item.partition("=")
+            try:
+                found.append((pattern, float(share)))
+            except ValueError:
+                equals = ""
+            if not equals or not 0 <= found[-1][1] < 1:
+                raise SettingsError(f"shares: '{item}' is not of the form pattern=share with a share in [0, 1)")
+        return found
+
+
+@dataclass(frozen=True)
+class View:
+    """What a criterion sees: a model, smaller than the user's after the first step, and its sites."""
+
+    model: nn.Module
+    structure: Structure
+    sites: Mapping[str, Site]
+    task: Task
+
+
+Criterion = Callable[[View], dict[str, Tensor]]
+Filter = Callable[[Site], bool]
+
+
+def modules_of(site: Site) -> list[str]:
+    """The modules in whose parameters a site stands."""
+    return list(dict.fromkeys(place.parameter.rpartition(".")[0] for place in site.occurrences))
+
+
+def wanted_sites(structure: Structure, task: Task, settings: StructuredSettings, only: Filter | None) -> dict[str, Site]:
+    """The sites that may be cut: of the asked kinds, with no excluded layer among their occurrences.
+
+    Raises:
+        ModelError: none is left; says what there is.
+    """
+    kinds = settings.chosen_kinds()
+    found = {}
+    for name, site in structure.sites.items():
+        own_kind = site.kind in (kinds or DEFAULT_KINDS)
+        grouped = kinds is None and site.kind is UnitKind.HEAD and f"{name.rpartition(':')[0]}:kv_group" in structure.sites
+        if own_kind and not grouped and _allowed(site, task) and (only is None or only(site)):
+            found[name] = site
+    if not found:
+        there = ", ".join(sorted({site.kind.value for site in structure.sites.values()})) or "none"
+        raise ModelError(
+            f"nothing is left to cut in {type(task.model).__name__}: kinds of unit found: {there}; "
+            "see `secateur inspect` for what is frozen and why"
+        )
+    return found
+
+
+def _allowed(site: Site, task: Task) -> bool:
+    names = [site.name.partition(":")[0], *(place.parameter for place in site.occurrences)]
+    included = replace(task, exclude=())
+    excluded = replace(task, include=("*",))
+    return any(map(included.wants, names)) and all(map(excluded.wants, names))
+
+
+def costs(structure: Structure, budget: Budget, task: Task) -> Cost | None:
+    """What the budget counts, as a function of kept units."""
+    match budget.quantity:
+        case Quantity.PARAMETERS:
+            return structure.parameters
+        case Quantity.FLOPS:
+            return structure.flops
+        case Quantity.BYTES:
+            size = max(p.element_size() for p in task.model.parameters())
+            return lambda counts: structure.parameters(counts) * size
+        case Quantity.MILLISECONDS:
+            from secateur.measure.table import LatencyTable
+
+            assert task.example is not None
+            return LatencyTable.build(task.model, structure, task.example, progress=task.progress).milliseconds
+        case Quantity.UNITS:
+            raise BudgetError("structured methods take a sparsity, or a budget in parameters, flops, bytes or milliseconds")
+        case _:
+            return None
+
+
+def decide(task: Task, settings: StructuredSettings, criterion: Criterion, only: Filter | None = None) -> Decision:
+    """Analyse, score and choose; in several steps the smaller model is scored again.
+
+    Args:
+        task: the model, budget and patterns.
+        settings: scope, widths, steps.
+        criterion: one score per unit of every site of a view; higher = keep.
+        only: a method's own filter over sites.
+
+    Raises:
+        BudgetError: the budget is out of reach; gives the reachable range.
+        ModelError: nothing can be cut, or the weights are not there.
+        NumericsError: NaN scores; names the site.
+    """
+    if any(parameter.is_meta for parameter in task.model.parameters()):
+        raise ModelError("the model's weights are on the meta device, and scores need their values; load the weights")
+    task = replace(task, example=example_for(task.model, task.example))
+    assert task.example is not None
+    structure = analyse(task.model, task.example)
+    sites = wanted_sites(structure, task, settings, only)
+    budget = task.budget if task.budget.quantity in COSTS else task.budget.of(next(iter(sites.values())).kind)
+    cost = costs(structure, budget, task)
+    widths = _widths(settings, budget, structure, sites)
+    masks = {name: torch.ones(site.units, dtype=torch.bool) for name, site in sites.items()}
+    scores: dict[str, Tensor] = {}
+    for step in range(1, settings.steps + 1):
+        scores = _scores(task, settings, criterion, structure, sites, masks)
+        masks = choose_units(sites, scores, _partial(budget, step / settings.steps, cost, sites), widths, cost)
+    structure.changes({name: int(mask.sum()) for name, mask in masks.items()})
+    decision = Decision(sites=dict(sites), masks=masks, scores=scores if task.keep_scores else {})
+    decision.warnings = [f"'{module}' ({name}): {why}; it was left whole" for module, name, why in structure.unknown]
+    decision.facts = _facts(structure, sites, masks)
+    return decision
+
+
+def _facts(structure: Structure, sites: Mapping[str, Site], masks: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """What the cut brings, at the first site: shares of the dense model's parameters and FLOPs that stay."""
+    counts = {name: int(mask.sum()) for name, mask in masks.items()}
+    dense_flops = structure.flops({})
+    shares = {
+        "parameters_kept": structure.parameters(counts) / max(1, structure.parameters({})),
+        "flops_kept": structure.flops(counts) / dense_flops if dense_flops else 1.0,
+    }
+    return {next(iter(sites)): {name: round(value, 6) for name, value in shares.items()}}
+
+
+def _widths(settings: StructuredSettings, budget: Budget, structure: Structure, sites: Mapping[str, Site]) -> Widths:
+    fixed = {}
+    for name, site in sites.items():
+        for pattern, share in settings.own_shares():
+            if any(fnmatchcase(module, pattern) for module in (name, name.partition(":")[0], *modules_of(site))):
+                fixed[name] = max(1, site.units - int(share * site.units))
+    return Widths(
+        scope=settings.scope,
+        multiple=settings.multiple,
+        minimum=max(1, budget.floor),
+        smallest_share=1 - settings.largest_cut,
+        uniform=settings.layout is Shape.UNIFORM,
+        hard={name: multiple for name, multiple in structure.multiples.items() if name in sites},
+        fixed=fixed,
+    )
+
+
+def _partial(budget: Budget, part: float, cost: Cost | None, sites: Mapping[str, Site]) -> Budget:
+    """The budget of an earlier step: the same share of what is to go."""
+    if part == 1:
+        return budget
+    if cost is None:
+        return Budget(budget.sparsity * part, floor=budget.floor)
+    dense = cost({name: site.units for name, site in sites.items()})
+    return replace(budget, amount=1 - (1 - target_of(budget, dense) / dense) * part)
+
+
+def _scores(
+    task: Task,
+    settings: StructuredSettings,
+    criterion: Criterion,
+    structure: Structure,
+    sites: Mapping[str, Site],
+    masks: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Scores at the sites' full size: what went in an earlier step stays lowest."""
+    if all(bool(mask.all()) for mask in masks.values()):
+        found = criterion(View(task.model, structure, sites, task))
+    else:
+        plan = Plan(sites=dict(sites), masks=dict(masks))
+        undo = install(task.model, make_cut(task.model, plan, structure))
+        try:
+            assert task.example is not None
+            smaller = analyse(task.model, task.example)
+            view = {name: smaller.sites[name] for name in sites if name in smaller.sites}
+            found = _widened(criterion(View(task.model, smaller, view, task)), masks)
+        finally:
+            undo()
+    missing = sites.keys() - found.keys()
+    if missing:
+        found |= {name: torch.where(masks[name], torch.inf, -torch.inf) for name in missing}
+    for name, score in found.items():
+        if torch.isnan(score).any():
+            raise NumericsError(f"'{name}': the importance scores contain NaN; check the weights and calibration data")
+    return {name: normalised({name: found[name].float().cpu()}, settings.normalise)[name] for name in sites}
+
+
+def _widened(scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    wide = {}
+    for name, score in scores.items():
+        wide[name] = torch.full(masks[name].shape, -torch.inf)
+        wide[name][masks[name]] = score.float().cpu()
+    return wide

@@ -1,0 +1,100 @@
+"""Cutting a model and proving it: the cut model against the masked one, on the same inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.errors import PlanError
+from secateur.core.method import Batch
+from secateur.core.plan import Plan
+from secateur.data.batches import run
+from secateur.data.example import example_for
+from secateur.data.running import device_of, evaluating, resized
+from secateur.shrink.cut import Undo, install, make_cut
+from secateur.shrink.reference import reference
+from secateur.structure.analysis import Structure, analyse
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+"""Largest difference, relative to the largest output where that is above 1."""
+
+
+def cut_(
+    model: nn.Module,
+    plan: Plan,
+    example: Batch | None = None,
+    verify: bool = True,
+    structure: Structure | None = None,
+) -> Undo:
+    """Cut a plan's structured units out of a model, in place, and record the changed attributes in the plan.
+
+    Args:
+        model: the model that was planned on; on the meta device only its shapes are checked.
+        plan: what stays.
+        example: inputs to observe and compare on; default: made-up ones.
+        verify: compare with the masked model.
+        structure: the model's, if it has just been analysed.
+
+    Returns:
+        A function that puts everything back.
+
+    Raises:
+        PlanError: the plan does not fit, or the results differ; the model is as it was.
+    """
+    batch = example_for(model, example, plan.example)
+    batch = resized(batch, min(2, batch.samples)) if batch.tensors else batch
+    structure = structure or analyse(model, batch)
+    cut = make_cut(model, plan, structure)
+    on_meta = any(tensor.is_meta for tensor in model.parameters())
+    expected = reference(model, plan, structure, batch) if verify and not on_meta else None
+    undo = install(model, cut)
+    try:
+        if verify and on_meta:
+            analyse(model, batch)
+        elif verify:
+            with evaluating(model):
+                found = run(model, batch.to(device_of(model)))
+            _compare(expected, found)
+    except BaseException:
+        undo()
+        raise
+    plan.attributes = tuple(change.to_json() for change in cut.attributes)
+    return undo
+
+
+def _compare(expected: Any, found: Any) -> None:
+    mine, theirs = float_tensors(expected), float_tensors(found)
+    for a, b in zip(mine, theirs, strict=True):
+        gap = difference(a, b)
+        if not gap <= TOLERANCE.get(a.dtype, 2e-5):
+            raise PlanError(
+                f"the cut model does not give what the masked model gives (largest difference {gap:.3g}); the model is "
+                "left as it was. Please report this with the model; verify=False (--no-verify) cuts all the same"
+            )
+
+
+def difference(expected: Tensor, found: Tensor) -> float:
+    """Largest difference, relative to the largest expected value where that is above 1; infinite for other shapes."""
+    if expected.shape != found.shape:
+        return float("inf")
+    if not expected.numel():
+        return 0.0
+    a, b = expected.double(), found.double()
+    same = a.eq(b) | (a.isnan() & b.isnan())
+    return float(torch.where(same, 0.0, a - b).abs().max() / a.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp_min(1.0))
+
+
+def float_tensors(output: Any) -> list[Tensor]:
+    """The floating-point tensors in a model's output, in order; caches for further calls are left out."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, dict):
+        return [tensor for name, item in output.items() if name not in CACHES for tensor in float_tensors(item)]
+    if isinstance(output, (list, tuple)):
+        return [tensor for item in output for tensor in float_tensors(item)]
+    return []
+
+
+CACHES = ("past_key_values", "cache_params")
