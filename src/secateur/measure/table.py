@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from pathlib import Path
 
 import torch
@@ -70,7 +71,7 @@ class LatencyTable:
 
     structure: Structure
     calls: list[Call]
-    dense: float = 0.0
+    dense: float = inf
     half: float | None = None
     fixed: float = 0.0
     activations: float = 0.0
@@ -113,8 +114,12 @@ class LatencyTable:
             facts = machine(device_of(model), dtype_of(model))
             timings = Timings(cache or cache_folder(), facts, timer)
             table.path = timings.path
-            table._measure_layers(timings, progress or Silent())
-            table._measure_model(model, batch, timings, progress or Silent())
+            name, progress = _digest(model, batch), progress or Silent()
+            # the model before and after its layers, so that one bad moment does not decide
+            table._measure_model(model, batch, f"{name} before", timings, progress)
+            table._measure_layers(timings, progress)
+            table._measure_model(model, batch, f"{name} after", timings, progress)
+        table._calibrate()
         table.measured = timings.measured
         return table
 
@@ -198,21 +203,27 @@ class LatencyTable:
         first = {(self._key(call), call.dims): call for call in reversed(self.calls)}
         self._terms = [(first[key], self._grids[key[0]], times) for key, times in alike.items()]
 
-    def _measure_model(self, model: nn.Module, batch: Batch, timings: Timings, progress: Progress) -> None:
-        counts = {name: max(1, site.units // 2) for name, site in self.structure.sites.items()}
-        name = _digest(model, batch)
+    def _measure_model(self, model: nn.Module, batch: Batch, name: str, timings: Timings, progress: Progress) -> None:
+        """Time the model dense and, where it can be cut, at half; the lower of repeated times counts."""
         dense, half = f"{name} dense", f"{name} half"
         timings.measure({dense: lambda: (model, batch)}, progress, MODEL_SECONDS)
         if half not in timings.times:
-            with contextlib.suppress(SecateurError, RuntimeError, ValueError), _cut(model, self.structure, counts):
+            with (
+                contextlib.suppress(SecateurError, RuntimeError, ValueError),
+                _cut(model, self.structure, self._halves()),
+            ):
                 timings.measure({half: lambda: (model, batch)}, progress, MODEL_SECONDS)
-        self.dense, self.half = timings.times[dense], timings.times.get(half)
-        self._calibrate(counts)
+        self.dense = min(self.dense, timings.times[dense])
+        if half in timings.times:
+            self.half = min(self.half or inf, timings.times[half])
 
-    def _calibrate(self, counts: Mapping[str, int]) -> None:
+    def _halves(self) -> dict[str, int]:
+        return {name: max(1, site.units // 2) for name, site in self.structure.sites.items()}
+
+    def _calibrate(self) -> None:
         """Choose scale and parts, none of them negative, so that dense is met, and half where layers leave room."""
         layers, *_ = self._layers({})
-        half_layers, activations, weights = self._layers(self.structure.kept(counts))
+        half_layers, activations, weights = self._layers(self.structure.kept(self._halves()))
         half = self.dense if self.half is None else self.half
         self.scale = min(1.0, self.dense / layers) if layers else 1.0
         rest = self.dense - self.scale * layers

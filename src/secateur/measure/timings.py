@@ -25,7 +25,7 @@ FORMAT = 1
 TOGETHER = 4  # calls that are timed against each other; the file is written after each such group
 ELEMENTS = 2**26  # weights and inputs of a group's calls: 256 MB in float32
 LAYER_SECONDS = 0.03
-MODEL_SECONDS = 1.0
+MODEL_SECONDS = 0.5
 
 Work = tuple[nn.Module, Batch]
 Timer = Callable[[Mapping[str, Work], float], Mapping[str, float]]
