@@ -169,12 +169,17 @@ def _share(left: float, whole: float) -> float:
 
 
 def _touches(model: nn.Module, places: tuple[Occurrence, ...]) -> tuple[Touch, ...]:
-    """Each module and role once; a bias goes with the outputs that the same layer makes."""
-    found = dict.fromkeys((_owner(place.parameter), _role(model, place)) for place in places)
-    makers = {module for module, role in found if role is not Role.CARRIES}
-    return tuple(
-        Touch(module=module, role=role) for module, role in found if role is not Role.CARRIES or module not in makers
-    )
+    """Each module once; a bias goes with the outputs that the same layer makes."""
+    found: dict[str, set[Role]] = {}
+    for place in places:
+        found.setdefault(_owner(place.parameter), set()).add(_role(model, place))
+    return tuple(Touch(module=module, role=_together(roles)) for module, roles in found.items())
+
+
+def _together(roles: set[Role]) -> Role:
+    if {Role.MAKES, Role.READS} <= roles:
+        return Role.BOTH
+    return next(role for role in Role if role in roles)
 
 
 def _role(model: nn.Module, place: Occurrence) -> Role:

@@ -16,14 +16,21 @@ from pathlib import Path
 from secateur.report.figures import OPERATIONS, percent, plural, short
 from secateur.report.markup import Html, element
 from secateur.report.page import HERE, environment, put
-from secateur.report.structure import Fixed, Group, Role, Row, StructureView, by_reason
+from secateur.report.structure import Fixed, Group, Role, Row, StructureView, by_reason, few
 
-LINE, STEP = 20.0, 22.0  # height of a row, distance of two lanes
+LINE = 20.0  # height of a row
+NARROW, WIDE, ROOM = 12.0, 22.0, 260.0  # distance of two lanes, and the room that they share if they can
 LETTER = 7.3  # width of a letter of a name
 BAR = 240.0  # the longest bar of a row's parameters
 LONGEST = 46  # letters of a name
 MANY = 100  # rows, from which on repeated blocks are drawn once
 SHOWN = 2  # of a run of equal blocks: the first two, and the last
+VERBS = {
+    Role.MAKES: "made by",
+    Role.READS: "read by",
+    Role.BOTH: "read and made by",
+    Role.CARRIES: "a value for each in",
+}
 BLOCK = re.compile(r"^(.*?)(\d+)\.(.*)$")
 
 
@@ -68,7 +75,7 @@ def arrange(view: StructureView) -> Picture:
     lanes = []
     for group in view.sites:
         seen = [(place[touch.module], touch.role) for touch in group.touches if touch.module in place]
-        marks = list(dict.fromkeys(mark for mark in seen if mark[0] not in hidden))
+        marks = [mark for mark in seen if mark[0] not in hidden]
         if marks:
             ends = [index for index, _ in seen]
             lanes.append(Lane(group, marks, min(ends), max(ends)))
@@ -155,7 +162,7 @@ class Scale:
 
     def lane(self, column: int) -> float:
         """A lane's middle."""
-        return self.gutter + 20 + STEP * column
+        return self.gutter + 20 + min(max(ROOM / max(self.columns, 1), NARROW), WIDE) * column
 
     @property
     def text(self) -> float:
@@ -279,7 +286,14 @@ def _lane(lane: Lane, scale: Scale) -> Html:
 def _mark(role: Role, x: float, y: float, thick: float) -> Html:
     if role is Role.CARRIES:
         return element("path", {"class": role.value, "d": f"M{x - 5:.1f} {y:.1f}h10"})
-    return element("circle", {"class": role.value, "cx": x, "cy": y, "r": 2.5 + thick / 3})
+    radius = 2.5 + thick / 3
+    if role is Role.BOTH:
+        rim, middle = (
+            element("circle", {"class": "makes", "cx": x, "cy": y, "r": radius + 1}),
+            element("circle", {"class": "hole", "cx": x, "cy": y, "r": radius / 2}),
+        )
+        return element("g", {}, rim, middle)
+    return element("circle", {"class": role.value, "cx": x, "cy": y, "r": radius})
 
 
 def describe(group: Group) -> str:
@@ -288,12 +302,8 @@ def describe(group: Group) -> str:
         f"{group.name}: {group.units:,} {plural(group.kind)}, {group.cost:,} parameters each",
         f"half of them: {percent(group.parameters_share)} of the parameters, {percent(group.flops_share)} of the FLOPs",
     ]
-    for role in Role:
-        if names := group.layers(role):
-            more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-            verb = {Role.MAKES: "made by", Role.READS: "read by", Role.CARRIES: "carried by"}[role]
-            lines.append(f"{verb} {', '.join(names[:6])}{more}")
-    return "\n".join(lines)
+    names = {role: [touch.module for touch in group.touches if touch.role is role] for role in Role}
+    return "\n".join([*lines, *(f"{VERBS[role]} {few(names[role], 6)}" for role in Role if names[role])])
 
 
 # --- the page -------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ class Role(StrEnum):
 
     MAKES = "makes"  # its outputs
     READS = "reads"  # its inputs
+    BOTH = "both"  # inputs and outputs are the same units
     CARRIES = "carries"  # one value a unit: a norm, a bias, a table of positions
 
 
@@ -72,8 +73,9 @@ class Group(_Part):
         return self.name.partition(":")[0]
 
     def layers(self, role: Role) -> list[str]:
-        """The modules that play this role."""
-        return [touch.module for touch in self.touches if touch.role is role]
+        """The modules that play this role, alone or with another."""
+        wanted = (role, Role.BOTH) if role in (Role.MAKES, Role.READS) else (role,)
+        return [touch.module for touch in self.touches if touch.role in wanted]
 
 
 class Fixed(_Part):
