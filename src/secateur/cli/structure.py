@@ -87,7 +87,7 @@ def lines(node: Node, depth: int | None, guide: str = "") -> Iterator[list[str]]
         ):  # a chain of modules with nothing in between
             ((name, only),) = folded(child, depth is None)
             label, child = f"{label}.{name}", only
-        if depth is not None and depth <= 1:
+        if depth is not None and depth <= 1 and child.children:
             yield [f"{guide}{corner}{label}: {_summary(child)}", *[""] * 5]
         elif child.children or len(child.sites) > 1 or label.endswith(")"):
             yield [f"{guide}{corner}{label}", *[""] * 5]
