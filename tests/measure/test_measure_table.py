@@ -106,6 +106,31 @@ def test_layers_that_take_longer_alone_are_scaled_to_the_model(tmp_path):
     assert table.milliseconds({}) == pytest.approx(table.dense)
 
 
+def test_half_is_met_when_layers_gain_less_inside_the_model(tmp_path):
+    class Lazy(Ideal):
+        def time(self, model, batch):
+            return 3 + super().time(model, batch) / 2 if isinstance(model, Block) else super().time(model, batch)
+
+    model, structure, batch = example()
+    table = LatencyTable.build(model, structure, batch, tmp_path, timer=Lazy())
+    assert table.scale == pytest.approx(0.5)
+    assert table.fixed == pytest.approx(3)
+    counts = some_counts(structure, 0)
+    assert table.milliseconds(counts) == pytest.approx(3 + sum(table.layers(counts).values()))
+
+
+def test_a_model_that_cannot_be_cut_is_calibrated_by_its_activations(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise ModelError("no")
+
+    monkeypatch.setattr("secateur.measure.table.make_cut", refuse)
+    model, structure, batch = example()
+    table = LatencyTable.build(model, structure, batch, tmp_path, timer=Ideal(2.0))
+    assert table.half is None
+    assert (table.fixed, table.activations) == pytest.approx((0, 2))
+    assert table.milliseconds({}) == pytest.approx(table.dense)
+
+
 def test_removing_more_never_takes_longer(tmp_path):
     model, structure, batch = example()
     table = LatencyTable.build(model, structure, batch, tmp_path, timer=Ideal(0.3))
@@ -253,6 +278,38 @@ def test_rows_of_a_layer_can_be_another_ones_channels(tmp_path):
     name = next(name for name, site in structure.sites.items() if site.units == 36)
     table = LatencyTable.build(model, structure, batch, tmp_path, timer=Ideal())
     assert table.layers({name: 9})["tokens"] == pytest.approx(table.layers({})["tokens"] / 4)
+
+
+def test_transposed_linear_layers_and_half_precision(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=50, n_positions=16, bos_token_id=0, eos_token_id=0)
+    model, batch = GPT2LMHeadModel(config).eval().bfloat16(), Batch((torch.randint(50, (2, 8)),))
+    structure = analyse(model, batch)
+    table = LatencyTable.build(model, structure, batch, tmp_path, timer=Ideal())
+    assert {call.kernel.kind for call in table.calls} == {"Conv1D", "Linear"}
+    assert {call.kernel.dtype for call in table.calls} == {torch.bfloat16}
+    for seed in range(3):
+        counts = some_counts(structure, seed)
+        undo = cut(model, structure, counts)
+        layers = flops(model, batch) / 1e6
+        undo()
+        assert table.milliseconds(counts) == pytest.approx(layers, rel=0.1)  # products of activations are in the rest
+
+
+def test_subclasses_and_channels_last(tmp_path):
+    class Own(nn.Conv2d):
+        pass
+
+    model = nn.Sequential(Own(3, 32, 3, bias=False), nn.ReLU(), nn.Conv2d(32, 4, 1)).eval()
+    model.to(memory_format=torch.channels_last)
+    batch = Batch((torch.randn(2, 3, 9, 9).to(memory_format=torch.channels_last),))
+    table = LatencyTable.build(model, analyse(model, batch), batch, tmp_path, timer=Ideal())
+    assert [call.kernel.kind for call in table.calls] == ["Conv2d", "Conv2d"]
+    assert all(call.kernel.channels_last for call in table.calls)
+    layer, inputs = table.calls[0].kernel.work((3, 17, 1, 1))
+    assert inputs.args[0].is_contiguous(memory_format=torch.channels_last)
+    assert layer(inputs.args[0]).shape == (2, 17, 7, 7)
 
 
 def test_real_times_of_a_tiny_model(tmp_path):

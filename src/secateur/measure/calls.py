@@ -19,7 +19,7 @@ from secateur.measure.grid import Widths
 from secateur.measure.timings import TOGETHER, Work
 from secateur.structure.analysis import Structure
 from secateur.structure.dims import Axis, Dim, count, factor, product, resolve, size
-from secateur.structure.layers import layout_of
+from secateur.structure.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, layout_of
 
 CACHE = 2**26  # bytes of weights after which the first ones are read from memory again
 COPIES = 64
@@ -160,7 +160,7 @@ def record(model: nn.Module, structure: Structure, batch: Batch) -> list[Call]:
     handles = [
         module.register_forward_hook(partial(recorder.on_call, name))
         for name, module in model.named_modules()
-        if layout_of(module) is not None and f"{name}.weight" in structure.observation.tensors
+        if layout_of(module) is not None and _weight_name(name, structure) in structure.observation.tensors
     ]
     try:
         with evaluating(model), torch.inference_mode():
@@ -209,7 +209,7 @@ class _Recorder:
 
     def _dims(self, name: str, module: nn.Module, weight: Tensor) -> Dims:
         """Inputs of a group, outputs of a group, groups, rows."""
-        dims = self.structure.observation.tensors[f"{name}.weight"]
+        dims = self.structure.observation.tensors[_weight_name(name, self.structure)]
         if tuple(map(size, dims)) != tuple(weight.shape):
             raise ModelError(
                 f"'{name}.weight' is {list(weight.shape)} but {list(map(size, dims))} in the structure, which is "
@@ -232,6 +232,12 @@ class _Recorder:
         return next((product(*one.dims[:-2]) for one in products if one.module == name and len(one.dims) > 1), 1)
 
 
+def _weight_name(module: str, structure: Structure) -> str:
+    """The name under which a layer's weight is known; tied weights have one name."""
+    name = f"{module}.weight" if module else "weight"
+    return structure.observation.aliases.get(name, name)
+
+
 def _copies(weight: Tensor, footprint: int) -> int:
     """So many that they hold a quarter of the model's bytes, as a group of four is timed in turns; a power of 2."""
     wanted = min(footprint, CACHE) // (TOGETHER * weight.numel() * weight.element_size())
@@ -247,7 +253,7 @@ def _grouped(module: nn.Module, dims: tuple[Dim, ...]) -> tuple[Dim, Dim, Dim]:
 
 def _kind(module: nn.Module) -> str:
     """The class in torch or transformers: what a subclass adds is not the layer's own time."""
-    known = (nn.Linear, *vars(nn.modules.conv).values())
+    known = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
     classes = [kind.__name__ for kind in type(module).__mro__ if kind in known]
     return classes[0] if classes else "Conv1D"
 

@@ -64,7 +64,7 @@ class LatencyTable:
         half: milliseconds of the model with every site at half, as measured; None if it cannot be run.
         fixed, activations, weights: the parts of `dense` that the layers alone do not show: one that
             stays, and those that go with the activations and the weights that stay.
-        scale: measured time of the layers inside the model over that of the layers alone, at most 1.
+        scale: time of the layers inside the model over their time alone, at most 1.
         measured: how many times were measured rather than read from the cache.
         path: the cache file.
     """
@@ -221,21 +221,26 @@ class LatencyTable:
         return {name: max(1, site.units // 2) for name, site in self.structure.sites.items()}
 
     def _calibrate(self) -> None:
-        """Choose scale and parts, none of them negative, so that dense is met, and half where layers leave room."""
+        """Choose scale and parts, none of them negative, so that dense is met, and half where layers leave room.
+
+        Layers gain less inside the model than alone where the rest would have to grow to meet half.
+        What falls faster than activations do is the reading of weights, which fall with both sides of a layer.
+        """
         layers, *_ = self._layers({})
         half_layers, activations, weights = self._layers(self.structure.kept(self._halves()))
-        half = self.dense if self.half is None else self.half
         self.scale = min(1.0, self.dense / layers) if layers else 1.0
+        gain = None if self.half is None else self.dense - self.half
+        if gain is not None and layers > half_layers:
+            self.scale = min(self.scale, max(0.0, gain / (layers - half_layers)))
         rest = self.dense - self.scale * layers
-        drop = rest * (1 - activations) if self.half is None else rest - (half - self.scale * half_layers)
-        if drop <= rest * (1 - activations):
-            self.activations = max(drop, 0.0) / (1 - activations) if activations < 1 else 0.0
-            self.fixed = rest - self.activations
+        usual = rest * (1 - activations)
+        drop = usual if gain is None else max(0.0, gain - self.scale * (layers - half_layers))
+        if drop <= usual:
+            self.activations = drop / (1 - activations) if activations < 1 else 0.0
         else:
-            # what falls faster than activations is the reading of weights, of which both sides of each layer fall
-            faster = (drop - rest * (1 - activations)) / (activations - weights) if weights < activations else 0.0
-            self.weights = min(faster, rest)
+            self.weights = min(rest, (drop - usual) / (activations - weights)) if weights < activations else 0.0
             self.activations = rest - self.weights
+        self.fixed = rest - self.activations - self.weights
 
 
 # --- the whole model ------------------------------------------------------------------------------
