@@ -15,6 +15,7 @@ from secateur.core.errors import ModelError
 
 OWN = "secateur"  # sub-folder with plan, result card and report data
 CARD = "result.json"
+BUFFERS = "buffers.safetensors"  # in OWN: cut buffers that no state dict holds
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

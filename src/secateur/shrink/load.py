@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from secateur.core.errors import ModelError, PlanError, SecateurError, UnknownNameError
+from secateur.shrink.cut import AttributeChange, set_attributes
 from secateur.shrink.depth import remove_blocks_
-from secateur.shrink.folder import CARD, CONFIG, OWN, WEIGHTS, check_weights, quiet_transformers, read_config
+from secateur.shrink.folder import BUFFERS, CARD, CONFIG, OWN, WEIGHTS, check_weights, quiet_transformers, read_config
 
 TRUSTED = "secateur.zoo."
 
@@ -39,7 +40,7 @@ def load(folder: str | Path, factory: Callable[[], nn.Module] | None = None, tru
     if not folder.is_dir():
         raise ModelError(f"'{folder}' is no folder")
     if (folder / CONFIG).exists():
-        return load_transformers(folder)
+        return load_transformers(folder) if layout_of_folder(folder) == "plain" else load_uneven(folder)
     if not (folder / OWN / CARD).exists():
         raise ModelError(f"'{folder}' is no model folder: it has neither {CONFIG} nor {OWN}/{CARD}")
     card = read_config(folder / OWN, CARD)
@@ -47,39 +48,122 @@ def load(folder: str | Path, factory: Callable[[], nn.Module] | None = None, tru
         module = build(_recorded_factory(folder, card, trust_factory))
     else:
         module = _built(factory, f"of '{folder}'")
-    for step in removed_blocks(folder):
-        for stack, keep in step.items():
-            try:
-                remove_blocks_(module, stack, keep)
-            except PlanError as error:
-                raise ModelError(f"the factory of '{folder}' does not fit its removed blocks: {error}") from error
-    return load_weights(module, folder / WEIGHTS).eval()
+    resize = replay(module, folder)
+    return _with_buffers(load_weights(module, folder / WEIGHTS, resize), folder).eval()
 
 
-def removed_blocks(folder: Path) -> list[dict[str, list[bool]]]:
-    """The block removals that led to a saved model, oldest first: stack -> which of its blocks stayed."""
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    """What was done to a fresh module, oldest first: `{"blocks": {stack: kept}}` or `{"cut": [attribute changes]}`."""
     if not (folder / OWN / CARD).exists():
         return []
-    found: list[dict[str, list[bool]]] = read_config(folder / OWN, CARD).get("removed_blocks", [])
+    found: list[dict[str, Any]] = read_config(folder / OWN, CARD).get("steps", [])
     if not (isinstance(found, list) and all(isinstance(step, dict) for step in found)):
-        raise ModelError(f"'{folder / OWN / CARD}' has no list of removed blocks; prune the model again")
+        raise ModelError(f"'{folder / OWN / CARD}' has no list of steps; prune the model again")
     return found
 
 
-def load_weights(module: nn.Module, file: Path) -> nn.Module:
+def layout_of_folder(folder: Path) -> str:
+    """`plain` if the config says every width, `uneven` if the card is needed."""
+    card = folder / OWN / CARD
+    return str(read_config(folder / OWN, CARD).get("layout", "plain")) if card.exists() else "plain"
+
+
+def replay(module: nn.Module, folder: Path) -> bool:
+    """Do to a fresh module what was done to the saved one; returns whether its tensors must be resized.
+
+    Raises:
+        ModelError: the module is not the one that was pruned.
+    """
+    resize = False
+    for step in steps_of(folder):
+        try:
+            for stack, keep in step.get("blocks", {}).items():
+                remove_blocks_(module, stack, keep)
+            if "cut" in step:
+                set_attributes(module, [AttributeChange(**change) for change in step["cut"]])
+                resize = True
+        except (PlanError, TypeError) as error:
+            raise ModelError(f"the model that '{folder}' is built from does not fit what was removed: {error}") from error
+    return resize
+
+
+def _with_buffers(module: nn.Module, folder: Path) -> nn.Module:
+    file = folder / OWN / BUFFERS
+    if file.exists():
+        buffers = dict(module.named_buffers())
+        for name, value in read_tensors(file).items():
+            if name not in buffers:
+                raise ModelError(f"'{file}' has '{name}', which {type(module).__name__} has not")
+            buffers[name].data = value
+    return module
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file.
+
+    Raises:
+        ModelError: missing, truncated or corrupt.
+    """
+    if not file.exists():
+        raise ModelError(f"weight file '{file}' does not exist")
+    try:
+        return load_file(file)
+    except Exception as error:
+        raise ModelError(f"weight file '{file}' is truncated or corrupt ({error}); fetch it again") from error
+
+
+def load_uneven(folder: Path) -> nn.Module:
+    """A transformers folder whose widths no config can say: the plain class, cut again, then filled.
+
+    Raises:
+        ModelError: damaged files, or names and shapes that differ.
+    """
+    shapes = read_config(folder / OWN, CARD).get("shapes", {})
+
+    def cut_again(plain: type) -> type:
+        def build(self: Any, *args: Any, **kwargs: Any) -> None:
+            plain.__init__(self, *args, **kwargs)  # type: ignore[misc]
+            replay(self, folder)
+            resized(self, shapes)
+
+        return type(plain.__name__, (plain,), {"__init__": build, "__module__": plain.__module__})
+
+    return _with_buffers(load_transformers(folder, cut_again), folder)
+
+
+def resized(module: nn.Module, shapes: dict[str, list[int]]) -> None:
+    """Give parameters and buffers other shapes; their values are to be loaded.
+
+    Raises:
+        ModelError: the module has no such tensor.
+    """
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise ModelError(f"{type(module).__name__} has no '{name}' to resize; use the model that was pruned")
+        tensors[name].data = tensors[name].data.new_empty(shape)
+
+
+def load_weights(module: nn.Module, file: Path, resize: bool = False) -> nn.Module:
     """Fill a module from one safetensors file; every name and shape must fit, dtypes become the file's.
+
+    Args:
+        module: built, and cut as the saved one was.
+        file: the weights.
+        resize: give tensors the file's shapes, for modules with units cut out.
 
     Raises:
         ModelError: the file is missing or damaged, or the first name or shape that differs.
     """
     if file.suffix != ".safetensors":
         raise ModelError(f"'{file}' is not a .safetensors file; pickled weights are not read, convert them first")
-    if not file.exists():
-        raise ModelError(f"weight file '{file}' does not exist")
-    try:
-        state = load_file(file)
-    except Exception as error:
-        raise ModelError(f"weight file '{file}' is truncated or corrupt ({error}); fetch it again") from error
+    return fill(module, read_tensors(file), file, resize)
+
+
+def fill(module: nn.Module, state: dict[str, Tensor], file: Path, resize: bool) -> nn.Module:
+    """Put tensors into a module; see `load_weights`."""
+    if resize:
+        _resize(module, state)
     own = module.state_dict()
     for name, tensor in state.items():
         if name not in own:
@@ -98,6 +182,12 @@ def load_weights(module: nn.Module, file: Path) -> nn.Module:
     return module
 
 
+def _resize(module: nn.Module, state: dict[str, Tensor]) -> None:
+    own = dict(module.named_parameters()) | dict(module.named_buffers())
+    odd = {name: list(t.shape) for name, t in state.items() if name in own and own[name].dim() == t.dim()}
+    resized(module, {name: shape for name, shape in odd.items() if list(own[name].shape) != shape})
+
+
 def _take_dtypes(module: nn.Module, state: dict[str, Tensor]) -> None:
     """Give the module the file's dtypes; buffers that no file holds follow where all the others agree."""
     floats = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
@@ -108,8 +198,12 @@ def _take_dtypes(module: nn.Module, state: dict[str, Tensor]) -> None:
             tensor.data = tensor.data.to(state[name].dtype)
 
 
-def load_transformers(folder: Path) -> nn.Module:
+def load_transformers(folder: Path, adapt: Callable[[type], type] = lambda plain: plain) -> nn.Module:
     """A local Hugging Face folder by the class in its config, safetensors only, no remote code.
+
+    Args:
+        folder: with config and weights.
+        adapt: makes the class to load from the one that the config names.
 
     Raises:
         ModelError: damaged or missing weights, unknown class, tensors missing or of other shapes.
@@ -119,7 +213,7 @@ def load_transformers(folder: Path) -> nn.Module:
         kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise ModelError(f"'{folder}' is quantised ({kind}); start from the dense checkpoint")
     check_weights(folder)
-    found = _model_class(folder, config)
+    found: Any = adapt(_model_class(folder, config))
     try:
         with quiet_transformers():
             model, info = found.from_pretrained(
@@ -138,6 +232,7 @@ def load_transformers(folder: Path) -> nn.Module:
         name = min(info["unexpected_keys"])
         warnings.warn(f"'{folder}' holds '{name}', which {found.__name__} does not use", stacklevel=2)
     loaded: nn.Module = model.eval()
+    loaded.__class__ = _model_class(folder, config)
     return loaded
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_model
+from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from secateur.core.errors import DataError, OutputError, SecateurError
@@ -17,9 +17,12 @@ from secateur.core.plan import Plan, versions
 from secateur.core.units import UnitKind
 from secateur.data.probe import probe_for
 from secateur.data.running import device_of, evaluating, logits
+from secateur.shrink.cut import structured
 from secateur.shrink.depth import kept_list
-from secateur.shrink.folder import CARD, OWN, WEIGHTS, carry_companions, quiet_transformers
-from secateur.shrink.load import load, removed_blocks
+from secateur.shrink.folder import BUFFERS, CARD, OWN, WEIGHTS, carry_companions, quiet_transformers
+from secateur.shrink.layout import plain_config, runtimes
+from secateur.shrink.load import layout_of_folder, load, steps_of
+from secateur.shrink.remote import write_model_code
 
 TOLERANCE = 1e-5
 
@@ -66,11 +69,15 @@ def save(
         own.mkdir()
         if plan is not None:
             plan.write_into(own)
+        card = _card(model, plan, source, factory) | {"data": data}
         if _is_transformers(model):
-            _save_transformers(model, temporary, plan, source)
+            card["layout"] = _save_transformers(model, temporary, plan, source, card)
         else:
             save_model(model, str(temporary / WEIGHTS))
-        write_json(own / CARD, _card(model, plan, source, factory) | {"data": data})
+        card["runtimes"] = runtimes(card["kind"], card["layout"])
+        if buffers := _cut_buffers(model, plan):
+            save_file(buffers, own / BUFFERS)
+        write_json(own / CARD, card)
         if verify:
             verify_folder(model, temporary, factory, probe)
         if extend is not None:
@@ -84,20 +91,75 @@ def _is_transformers(model: nn.Module) -> bool:
 
 def _card(model: nn.Module, plan: Plan | None, source: str | Path | None, factory: str | None) -> dict[str, Any]:
     kind = "transformers" if _is_transformers(model) else "module"
-    removed = removed_blocks(Path(source)) if source else []
+    steps = steps_of(Path(source)) if source else []
     if plan is not None:
-        now = {name: kept_list(plan.masks[name]) for name, site in plan.sites.items() if site.kind is UnitKind.BLOCK}
-        removed = [*removed, now] if now else removed
+        steps = [*steps, *_steps(plan)]
     return {
         "kind": kind,
         "class": type(model).__name__,
         "factory": factory,
-        "removed_blocks": removed,
+        "steps": steps,
+        "layout": "plain" if not any("cut" in step for step in steps) else "uneven",
         "versions": versions(),
     }
 
 
-def _save_transformers(model: Any, folder: Path, plan: Plan | None, source: str | Path | None) -> None:
+def _steps(plan: Plan) -> list[dict[str, Any]]:
+    """What a loader must do to a fresh module, in order."""
+    found: list[dict[str, Any]] = [{"cut": list(plan.attributes)}] if structured(plan) else []
+    now = {name: kept_list(plan.masks[name]) for name, site in plan.sites.items() if site.kind is UnitKind.BLOCK}
+    return [*found, {"blocks": now}] if now else found
+
+
+def _cut_buffers(model: nn.Module, plan: Plan | None) -> dict[str, Tensor]:
+    """Buffers that were cut and that no state dict holds, such as rotary frequencies."""
+    stored = model.state_dict().keys()
+    touched = {place.parameter for name in structured(plan) for place in plan.sites[name].occurrences} if plan else set()
+    found = {name: buffer for name, buffer in model.named_buffers() if name in touched and name not in stored}
+    return {name: buffer.detach().cpu().clone() for name, buffer in found.items()}
+
+
+def _save_transformers(
+    model: Any, folder: Path, plan: Plan | None, source: str | Path | None, card: dict[str, Any]
+) -> str:
+    """Save as a Hugging Face folder; returns the layout, `plain` where the config can say all widths."""
+    origin = Path(source or model.name_or_path or "")
+    was_uneven = str(origin) != "." and origin.is_dir() and layout_of_folder(origin) == "uneven"
+    cut = plan is not None and bool(structured(plan))
+    if not (cut or was_uneven):
+        _save_pretrained(model, folder, plan, source)
+        return "plain"
+    config = plain_config(model, plan) if plan is not None and cut and not was_uneven else None
+    if config is not None:
+        dense, model.config = model.config, config
+        try:
+            _save_pretrained(model, folder, plan, source)
+        finally:
+            model.config = dense
+        return "plain"
+    _save_pretrained(model, folder, plan, source)
+    changes = [change for step in card["steps"] for change in step.get("cut", [])]
+    card["shapes"] = _odd_shapes(model)
+    write_model_code(folder, type(model).__name__, changes, card["shapes"], _cut_buffers(model, plan))
+    return "uneven"
+
+
+def _odd_shapes(model: Any) -> dict[str, list[int]]:
+    """The parameters and buffers that the config would build with other shapes."""
+    with torch.device("meta"):
+        fresh = type(model)(model.config)
+    plain = dict(fresh.named_parameters()) | dict(fresh.named_buffers())
+    mine = {**dict(model.named_parameters()), **_stored_buffers(model)}
+    return {name: list(tensor.shape) for name, tensor in mine.items() if plain[name].shape != tensor.shape}
+
+
+def _stored_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that a state dict holds; the others are made when a model is built."""
+    stored = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in stored}
+
+
+def _save_pretrained(model: Any, folder: Path, plan: Plan | None, source: str | Path | None) -> None:
     before = getattr(model.config, "secateur", None)
     if plan is not None:
         model.config.secateur = summary(plan)

@@ -1,0 +1,92 @@
+"""The model code that goes with an uneven transformers folder, for users without secateur."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+MODULE = "modeling_cut"
+
+TEMPLATE = '''"""{name} with layers of uneven widths: the plain class, resized as `CUT` says."""
+
+import json
+
+import torch
+from transformers import {name}
+
+CUT = json.loads({cut!r})
+
+
+class Cut{name}({name}):
+    """The original class after its units were cut out."""
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        for change in CUT["attributes"]:
+            owner = self.get_submodule(change["module"])
+            if change["on_config"] is not None:
+                owner = getattr(owner, change["on_config"])
+            value = change["value"]
+            if change["index"] is not None:
+                items = list(getattr(owner, change["attribute"]))
+                items[change["index"]] = value
+                value = tuple(items)
+            setattr(owner, change["attribute"], value)
+        tensors = dict(self.named_parameters()) | dict(self.named_buffers())
+        for name, shape in CUT["shapes"].items():
+            tensors[name].data = tensors[name].data.new_empty(shape)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        found = super().from_pretrained(*args, **kwargs)
+        model = found[0] if isinstance(found, tuple) else found
+        buffers = dict(model.named_buffers())
+        for name, values in CUT["buffers"].items():
+            buffers[name].data = torch.tensor(values, dtype=buffers[name].dtype, device=buffers[name].device)
+        return found
+'''
+
+
+def write_model_code(
+    folder: Path,
+    name: str,
+    attributes: list[dict[str, Any]],
+    shapes: dict[str, list[int]],
+    buffers: dict[str, Tensor],
+) -> None:
+    """Write `modeling_cut.py` and name it in the config's `auto_map`.
+
+    Args:
+        folder: a saved transformers folder.
+        name: the original class.
+        attributes: what changed, as in the card.
+        shapes: parameter -> its shape, where it differs from what the config builds.
+        buffers: cut buffers that no weight file holds, with their values.
+    """
+    values = {key: tensor.tolist() for key, tensor in buffers.items()}
+    cut = json.dumps({"attributes": attributes, "shapes": shapes, "buffers": values}, sort_keys=True)
+    (folder / f"{MODULE}.py").write_text(TEMPLATE.format(name=name, cut=cut), encoding="utf-8")
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["auto_map"] = {"AutoModel": f"{MODULE}.Cut{name}", auto_class(name): f"{MODULE}.Cut{name}"}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def auto_class(name: str) -> str:
+    """The Auto class that users ask for."""
+    for ending, auto in (
+        ("ForCausalLM", "AutoModelForCausalLM"),
+        ("LMHeadModel", "AutoModelForCausalLM"),
+        ("ForMaskedLM", "AutoModelForMaskedLM"),
+        ("ForSequenceClassification", "AutoModelForSequenceClassification"),
+        ("ForTokenClassification", "AutoModelForTokenClassification"),
+        ("ForQuestionAnswering", "AutoModelForQuestionAnswering"),
+        ("ForImageClassification", "AutoModelForImageClassification"),
+        ("ForConditionalGeneration", "AutoModelForSeq2SeqLM"),
+    ):
+        if name.endswith(ending):
+            return auto
+    return "AutoModel"
