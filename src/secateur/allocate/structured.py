@@ -51,6 +51,7 @@ class Widths:
         smallest_share: and at least this share of its units.
         uniform: sites of the same form keep the same number, so that a plain config can say it.
         hard: site -> multiple that its kernel asks for.
+        least: site -> number that its code asks for.
         fixed: site -> kept units that are given.
     """
 
@@ -60,6 +61,7 @@ class Widths:
     smallest_share: float = 0.0
     uniform: bool = False
     hard: Mapping[str, int] = field(default_factory=dict)
+    least: Mapping[str, int] = field(default_factory=dict)
     fixed: Mapping[str, int] = field(default_factory=dict)
 
     def step(self, site: Site) -> int:
@@ -77,7 +79,7 @@ class Widths:
         step = self.step(site)
         nearest = max(1, int(count / step + 0.5)) * step
         least = max(min(self.minimum, site.units), ceil(self.smallest_share * site.units - 1e-9))
-        lowest = -(-least // step) * step
+        lowest = -(-max(least, self.least.get(site.name, 1)) // step) * step
         return min(max(nearest, lowest), site.units)
 
 

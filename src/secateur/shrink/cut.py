@@ -102,6 +102,9 @@ def check_cut(plan: Plan, structure: Structure) -> None:
         multiple = structure.multiples.get(name, 1)
         if plan.kept(name) % multiple:
             raise PlanError(f"'{name}' must keep a multiple of {multiple} units (its kernel's rule), not {plan.kept(name)}")
+        if plan.kept(name) < structure.minimums.get(name, 1):
+            least = structure.minimums[name]
+            raise PlanError(f"'{name}' must keep at least {least} units, the code behaves differently below; not {plan.kept(name)}")
         if not plan.kept(name):
             raise PlanError(f"'{name}' would lose all of its {plan.sites[name].units} units; keep at least one")
 

@@ -64,6 +64,8 @@ class _Masked(TorchFunctionMode):
         self.found = structure.observation
         self.masks = masks
         self.raw = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers()) if t.numel()}
+        names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
+        self.dims = {key: structure.observation.tensors.get(name) for key, name in names.items()}
         self.call = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -75,6 +77,8 @@ class _Masked(TorchFunctionMode):
         if counted:
             out = self._counting(func, args, kwargs, counted[0], call)
         else:
+            if name in PRODUCTS:
+                args = [self._silent_parameter(item) for item in args]
             out = func(*args, **kwargs)
         if not _holds_tensors(out):
             return out
@@ -87,6 +91,13 @@ class _Masked(TorchFunctionMode):
         if source.untyped_storage().data_ptr() in self.raw:
             return self._silenced(func, _copied(out), self.found.results[call])
         return out  # a view of what is silent already
+
+    def _silent_parameter(self, item: Any) -> Any:
+        """Parameters that are multiplied with each other lose their removed units first."""
+        dims = self.dims.get(id(item)) if isinstance(item, Tensor) else None
+        if dims is None or not self._touched(dims):
+            return item
+        return _scattered(_gathered(item, self._keeps(dims)), item.shape, self._keeps(dims))
 
     def _touched(self, dims: tuple[Dim, ...]) -> bool:
         return any(axis in self.masks for dim in dims for axis in axes(dim))
@@ -131,6 +142,9 @@ class _Masked(TorchFunctionMode):
         if dims is None or not isinstance(out, Tensor) or tuple(out.shape) == tuple(map(size, dims)):
             return out
         return _scattered(out, torch.Size(map(size, dims)), self._keeps(dims))
+
+
+PRODUCTS = {"matmul", "mm", "bmm", "__matmul__", "einsum", "addmm", "baddbmm", "__rmatmul__"}
 
 
 def _holds_tensors(out: Any) -> bool:
@@ -199,6 +213,17 @@ def _group_norm(func: Any, keeps: Keeps, args: Any, kwargs: Any) -> Tensor:
     return F.group_norm(_gathered(x, keeps[0]), alive, **parts, eps=given.get("eps", 1e-5))
 
 
+def _batch_norm(func: Any, keeps: Keeps, args: Any, kwargs: Any) -> Tensor:
+    """Statistics of the batch itself, over the kept entries."""
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    given["input"] = _gathered(given["input"], keeps[0])
+    for name in names[1:5]:
+        if given.get(name) is not None:
+            given[name] = _gathered(given[name], [keeps[0][1]])
+    return F.batch_norm(**{name: value for name, value in given.items() if name in names})
+
+
 def _reduced(func: Any, keeps: Keeps, args: Any, kwargs: Any) -> Any:
     """Means, maxima, softmax and the like over the kept units."""
     names = {key: value for key, value in kwargs.items() if key != "input"}
@@ -250,6 +275,7 @@ COUNTING: dict[str, Callable[[Any, Keeps, Any, Any], Any]] = {
     "layer_norm": _layer_norm,
     "rms_norm": _layer_norm,
     "group_norm": _group_norm,
+    "batch_norm": _batch_norm,
     "scaled_dot_product_attention": _attention,
     "_weight_norm": _weight_norm,
     "multi_head_attention_forward": _multi_head,

@@ -207,6 +207,7 @@ def _widths(settings: StructuredSettings, budget: Budget, structure: Structure, 
         smallest_share=1 - settings.largest_cut,
         uniform=settings.layout is Shape.UNIFORM,
         hard={name: multiple for name, multiple in structure.multiples.items() if name in sites},
+        least={name: least for name, least in structure.minimums.items() if name in sites},
         fixed=fixed,
     )
 

@@ -55,6 +55,7 @@ class Structure:
         sites: name -> site, in the order of the model's parameters.
         axes: name -> axis, the same keys.
         frozen: what cannot go and why, one entry for each axis, at its first occurrence.
+        minimums: name -> the smallest number of kept units at which the code does what it was seen to do.
         multiples: name -> what the number of kept units must be a multiple of, where a kernel asks for it.
     """
 
@@ -63,6 +64,7 @@ class Structure:
     axes: dict[str, Axis] = field(default_factory=dict)
     frozen: list[Frozen] = field(default_factory=list)
     multiples: dict[str, int] = field(default_factory=dict)
+    minimums: dict[str, int] = field(default_factory=dict)
 
     @property
     def unknown(self) -> list[tuple[str, str, str]]:
@@ -127,7 +129,10 @@ class Index:
     def __init__(self, requirements: Iterable[Requirement]) -> None:
         self.by_axis: dict[Axis, list[Requirement]] = defaultdict(list)
         self.by_slot: dict[int, list[Requirement]] = defaultdict(list)
+        self.anchors: dict[int, Requirement] = {}  # attribute -> a dimension whose size it is
         for requirement in requirements:
+            if isinstance(requirement.expression, Slot):
+                self.anchors.setdefault(key(requirement.expression), requirement)
             for axis in set(involved(requirement)):
                 self.by_axis[axis].append(requirement)
             for slot in slots_in(requirement.expression):
@@ -151,9 +156,16 @@ def consequences(index: Index, kept: Mapping[Axis, int]) -> tuple[list[Change], 
     while waiting:
         requirement = waiting.pop(0)
         wanted = count(requirement.dim, kept)
+        for slot in slots_in(requirement.expression):
+            anchor = index.anchors.get(key(slot))
+            if anchor is not None and key(slot) not in values:
+                values[key(slot)] = count(anchor.dim, kept)
+                if values[key(slot)] != slot.value:
+                    changed[key(slot)] = slot
+                    more = [other for other in index.by_slot[key(slot)] if other not in checked]
+                    checked += more
+                    waiting += more
         if evaluate(requirement.expression, kept, values) == wanted:
-            if isinstance(requirement.expression, Slot):
-                values.setdefault(key(requirement.expression), wanted)
             continue
         found = solve(requirement.expression, wanted, kept, values)
         if found is None:
@@ -179,7 +191,7 @@ def share(observation: Observation) -> None:
     first: dict[int, Requirement] = {}
     for requirement in observation.requirements:
         expression = requirement.expression
-        if isinstance(expression, Extent) and size(expression.dim) == size(requirement.dim):
+        if isinstance(expression, Extent) and _may_differ(expression.dim, requirement.dim):
             unify(expression.dim, requirement.dim, requirement.reason)
         elif isinstance(expression, Slot):
             other = first.setdefault(key(expression), requirement)
@@ -187,27 +199,85 @@ def share(observation: Observation) -> None:
                 unify(other.dim, requirement.dim, f"'{expression}' is the size of several things")
 
 
-def settle(observation: Observation, roots: list[Axis]) -> None:
+def _may_differ(a: Dim, b: Dim) -> bool:
+    """Whether two dimensions of one size can have other sizes after a cut."""
+    if size(a) != size(b):
+        return False
+    involved = sorted({*axes(a), *axes(b)}, key=lambda axis: axis.size)
+    primes = {axis: prime for axis, prime in zip(involved, _primes(), strict=False)}
+    return count(a, primes) != count(b, primes)
+
+
+def _primes() -> Iterator[int]:
+    """Numbers by which no two different products of axes come out equal."""
+    found: list[int] = []
+    n = 2
+    while True:
+        if all(n % prime for prime in found):
+            found.append(n)
+            yield n
+        n += 1
+
+
+def settle(observation: Observation) -> None:
     """Freeze every axis that the code's size arithmetic cannot follow, alone or together with the others."""
     index = Index(observation.requirements)
-    for axis in roots:
-        if axis.frozen is None and axis in index.by_axis:
-            for kept in {axis.size - 1, max(1, axis.size // 2)}:
-                _, broken = consequences(index, {axis: kept})
-                if broken is not None and axis.frozen is None:
-                    axis.frozen = broken.reason
+    for dims in observation.tensors.values():
+        for axis in {axis for dim in dims for axis in axes(dim)}:
+            if axis.link is None and axis.frozen is None and axis in index.by_axis:
+                index = _settle_alone(observation, index, axis)
     rng = random.Random(0)
-    for _ in range(len(roots) + 1):
-        free = [axis for axis in roots if axis.frozen is None and axis in index.by_axis]
-        _, broken = consequences(index, {axis: rng.randint(1, axis.size - 1) for axis in free})
+    while True:
+        free = [axis for axis in index.by_axis if axis.link is None and axis.frozen is None]
+        least = {axis: min(observation.minimums.get(axis, 1), axis.size - 1) for axis in free}
+        _, broken = consequences(index, {axis: rng.randint(least[axis], axis.size - 1) for axis in free})
         if broken is None:
             return
         guilty = {axis for axis in involved(broken) if axis.frozen is None}
         for slot in slots_in(broken.expression):
             for other in index.by_slot[key(slot)]:
                 guilty |= {axis for axis in involved(other) if axis.frozen is None}
+        if not guilty:
+            raise ModelError(f"the sizes that the model computes cannot be followed: {broken.reason}")
         for axis in guilty:
             freeze(axis, broken.reason)
+
+
+def _settle_alone(observation: Observation, index: Index, axis: Axis) -> Index:
+    """One axis by itself. Where another of its size reads the same attribute, the two become one."""
+    for kept in (axis.size - 1, (axis.size + 1) // 2):
+        _, broken = consequences(index, {axis: kept})
+        while broken is not None:
+            partner = _partner(index, axis, broken)
+            if partner is None:
+                axis.frozen = broken.reason
+                return index
+            unify(partner, axis, broken.reason)
+            index = Index(observation.requirements)
+            _, broken = consequences(index, {axis: kept})
+    observation.minimums[axis] = _least(index, axis)
+    return index
+
+
+def _partner(index: Index, axis: Axis, broken: Requirement) -> Axis | None:
+    """An axis that must lose as many units as this one, because the code reads both sizes from one place."""
+    mine = {key(slot) for requirement in index.by_axis[axis] for slot in slots_in(requirement.expression)}
+    if not mine.intersection(key(slot) for slot in slots_in(broken.expression)):
+        return None
+    others = (other for other in involved(broken) if other is not axis and other.frozen is None)
+    return next((other for other in others if other.size == axis.size), None)
+
+
+def _least(index: Index, axis: Axis) -> int:
+    """The smallest count at which the code takes the branches that it took: comparisons may change below it."""
+    low, high = 0, (axis.size + 1) // 2
+    while high - low > 1:
+        middle = (low + high) // 2 if low else 1
+        _, broken = consequences(index, {axis: middle})
+        low, high = (low, middle) if broken is None else (middle, high)
+        if high == 1:
+            break
+    return high
 
 
 # --- sites ----------------------------------------------------------------------------------------
@@ -230,6 +300,7 @@ def analyse(model: nn.Module, batch: Batch) -> Structure:
         batch = resized(batch, min(2, batch.samples))
     observation = observe(model, batch)
     share(observation)
+    settle(observation)
     roots = _roots(observation)
     modules = dict(model.named_modules())
     for axis, places in roots.items():
@@ -239,7 +310,6 @@ def analyse(model: nn.Module, batch: Batch) -> Structure:
         used = [place for place in places if place.parameter in observation.parameters]
         if used and all(place.parameter not in observation.used for place in places):
             freeze(axis, f"'{used[0].parameter}' takes no part in the run")
-    settle(observation, list(roots))
     structure = Structure(observation)
     free = {axis: places for axis, places in roots.items() if axis.frozen is None}
     _describe(model, structure, {a: p for a, p in free.items() if _has_parameter(observation, p)})
@@ -309,6 +379,8 @@ def _describe(model: nn.Module, structure: Structure, free: dict[Axis, list[Occu
         used[name] += 1
         unique = name if used[name] == 1 else f"{name}#{used[name]}"
         structure.axes[unique] = axis
+        if structure.observation.minimums.get(axis, 1) > 1:
+            structure.minimums[unique] = structure.observation.minimums[axis]
         if axis in multiples:
             structure.multiples[unique] = multiples[axis]
         structure.sites[unique] = Site(unique, kind, (axis.size,), cost=marginal[axis], occurrences=tuple(places))

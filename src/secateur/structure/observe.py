@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from math import prod
@@ -80,6 +81,7 @@ class Observation:
         used: parameters that took part.
         roles: what operators make of dimensions (heads, ...), and where.
         multiples: dimensions that a kernel takes in multiples only.
+        minimums: axis -> the smallest count at which comparisons in the code come out as they did.
     """
 
     tensors: dict[str, tuple[Dim, ...]] = field(default_factory=dict)
@@ -94,6 +96,7 @@ class Observation:
     used: set[str] = field(default_factory=set)
     roles: list[tuple[str, Dim, str]] = field(default_factory=list)
     multiples: list[tuple[Dim, int]] = field(default_factory=list)
+    minimums: dict[Axis, int] = field(default_factory=dict)
 
 
 class Observer:
@@ -110,7 +113,7 @@ class Observer:
         self.function = ""
         self.bypass = False
         self.sizes: list[Expression | None] | None = None
-        self.slices: list[tuple[Any, Any]] = []
+        self.slices: list[tuple[Any, Any, Any]] = []
 
     # --- what rules use -----------------------------------------------------------------------
 
@@ -173,6 +176,12 @@ class Observer:
         axis = Axis(n)
         self.require(expression, axis)
         return axis
+
+    def attribute(self, name: str) -> Expression | None:
+        """An integer attribute of the running module that is no traced one; None if it has no such."""
+        owner = self.model.get_submodule(self.module)
+        value = getattr(owner, name, None)
+        return Slot(owner, name, None, value, self.module) if type(value) is int else None
 
     def multiply(self, factor: float, *dims: Dim) -> None:
         """Count multiply-adds as two FLOPs each."""
@@ -486,8 +495,6 @@ TORCH_SIZES = {
     "num_groups",
     "normalized_shape",
     "num_features",
-    "num_heads",
-    "embed_dim",
     "hidden_size",
     "input_size",
     "proj_size",
@@ -520,9 +527,12 @@ def _stand_ins(observer: Observer) -> Iterator[None]:
             vars(other).update(attributes)
 
 
+PLAIN = (dict, list, OrderedDict, defaultdict)
+
+
 def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
     """Dictionaries and lists of a module (parameters, hooks, a run's own caches) with what is in them now."""
-    return [(value, value.copy()) for value in vars(module).values() if isinstance(value, (dict, list))]
+    return [(value, value.copy()) for value in vars(module).values() if type(value) in PLAIN]
 
 
 def _replace_tensors(observer: Observer, prefix: str, module: nn.Module, made: dict[int, Tensor]) -> None:

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 from secateur.structure.traced import Expression, how
 
 Sizes = list[Expression | None]
-Slices = list[tuple[Any, Any]]
+Slices = list[tuple[Any, Any, Any]]
+"""(start, stop, length) of every slice as the code gave them; None where it did not."""
+
 Finder = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Sizes | None, Slices] | None]
 
 
@@ -64,13 +66,13 @@ def _unflatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sizes | N
 
 def _indexed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sizes | None, Slices] | None:
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
-    return None, [(item.start, item.stop) for item in index if isinstance(item, slice)]
+    return None, [(item.start, item.stop, None) for item in index if isinstance(item, slice)]
 
 
 def _narrow(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sizes | None, Slices] | None:
     names = dict(zip(("input", "dim", "start", "length"), args, strict=False)) | kwargs
     start, length = names["start"], names["length"]
-    return (None, [(start, start + length)]) if isinstance(start, int) else None
+    return (None, [(start, start + length, length)]) if isinstance(start, int) else None
 
 
 T = torch.Tensor

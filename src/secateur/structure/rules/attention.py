@@ -22,7 +22,8 @@ def scaled_dot_product(run: Observer, call: Call) -> None:
     inner = run.same(queries[-1], keys[-1])
     if call.kwargs.get("scale") is None:
         run.statistic([inner], [q, k, v])
-    run.same(keys[-2], values[-2])
+    for dim in (run.same(keys[-2], values[-2]), queries[-2]):
+        run.fix(dim, "positions attend to each other")
     batch: list[Dim] = []
     for a, b, c in zip(queries[:-2], keys[:-2], values[:-2], strict=True):
         run.same(b, c)
@@ -67,15 +68,19 @@ def multi_head(run: Observer, call: Call) -> None:
     width = query.shape[-1]
     heads = int(given["num_heads"])
     stream = run.dims(query)[-1]
+    for dim in (*run.dims(query)[:-1], *run.dims(key)[:-1]):
+        run.fix(dim, "positions attend to each other")
     for tensor in (key, given["value"]):
         stream = run.same(stream, run.dims(tensor)[-1])
     outer, inner = factor(stream, width // heads, run.reason("the embedding is made of heads"))
-    run.require(how(given["num_heads"]), outer)
-    run.require(how(given["embed_dim_to_check"]), product(outer, inner))
+    run.require(run.attribute("num_heads") or how(given["num_heads"]), outer)
+    run.require(run.attribute("embed_dim") or how(given["embed_dim_to_check"]), product(outer, inner))
+    for name, dim in (("head_dim", inner), ("kdim", product(outer, inner)), ("vdim", product(outer, inner))):
+        run.require(run.attribute(name), dim)
     run.role("heads", outer)
     run.role("head_dim", inner)
     _projections(run, given, product(outer, inner))
-    run.statistic([inner], [query, key, given["value"]])
+    run.statistic([product(outer, inner)], [query, key, given["value"]])
     call.out = _attended(run, given, query, key, product(outer, inner))
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from secateur.structure.dims import Dim, concat, cut, size
+from secateur.structure.dims import Dim, concat, cut, factor, size
 from secateur.structure.observe import Observer
 from secateur.structure.table import Call, operator
-from secateur.structure.traced import Expression, how
+from secateur.structure.traced import Number, Operation, how
 
 
 @operator("cat")
@@ -126,30 +126,38 @@ def _range(run: Observer, call: Call, dim: Dim, start: int, stop: int) -> Dim:
     why = run.reason("a slice does not follow the parts that it is made of")
     head, rest = cut(dim, start, why)
     middle, tail = cut(rest, stop - start, why)
-    first, last = _expressions(run, call, n, start, stop)
+    first, last, length = _written(run, call, n, start, stop)
+    if length is not None:
+        run.require(how(length), middle)
     if start > 0:
-        negative = isinstance(first, int) and first < 0
-        run.require(-first if negative else first, concat(middle, tail) if negative else head)  # type: ignore[operator]
-    if stop < n:
-        negative = isinstance(last, int) and last < 0
-        run.require(-last if negative else last, tail if negative else concat(head, middle))  # type: ignore[operator]
+        _bound(run, first, head, concat(middle, tail))
+    if stop < n and length is None:
+        _bound(run, last, concat(head, middle), tail)
     return middle
 
 
-def _expressions(run: Observer, call: Call, n: int, start: int, stop: int) -> tuple[Expression, Expression]:
-    """What the code wrote for the two ends: from Python where it was seen, the values otherwise."""
-    for position, (a, b) in enumerate(run.slices):
+def _bound(run: Observer, written: int, before: Dim, after: Dim) -> None:
+    """An end of a slice: counted from the start, or from the end where it is negative."""
+    if int(written) < 0:
+        run.require(Operation("-", 0, how(written)) if isinstance(written, Number) else -written, after)
+    else:
+        run.require(how(written), before)
+
+
+def _written(run: Observer, call: Call, n: int, start: int, stop: int) -> tuple[int, int, int | None]:
+    """What the code wrote for start, stop and length: from Python where it was seen, the values otherwise."""
+    for position, (a, b, length) in enumerate(run.slices):
         if slice(a, b).indices(n)[:2] == (start, stop):
             run.slices.pop(position)
-            return how(a if a is not None else 0), how(b if b is not None else n)
-    written = call.get(2, "start"), call.get(3, "end")
-    return (written[0] or 0, n if written[1] is None else written[1])
+            return 0 if a is None else a, n if b is None else b, length
+    if call.name == "aten::narrow":
+        return start, stop, call.args[3]
+    begin, end = call.get(2, "start"), call.get(3, "end")
+    return begin or 0, n if end is None else end, None
 
 
 def _strided(run: Observer, dim: Dim, start: int, step: int, length: int) -> Dim:
     """Every step-th unit: the units between go or stay together with it."""
-    from secateur.structure.dims import factor
-
     if size(dim) % step or start >= step or length != size(dim) // step:
         run.fix(dim, "a slice with steps")
         return length

@@ -23,11 +23,13 @@ from secateur.structure.table import Call, function, operator
     "batch_norm",
 )
 def batch_norm(run: Observer, call: Call) -> None:
-    """Every channel by itself."""
+    """Every channel by itself; with statistics of its own batch the other dimensions are averaged."""
     x, *others = call.tensors
     dims = list(run.dims(x))
     for other in others:
         dims[1] = run.same(dims[1], run.dims(other)[0])
+    if any(item is True for item in call.args) or call.args[3:5] == (None, None):
+        run.statistic([dims[0], *dims[2:]], [x])
     out = call.out[0] if isinstance(call.out, (list, tuple)) else call.out
     run.set(out, dims)
 
@@ -90,7 +92,9 @@ def group_norm(run: Observer, call: Call) -> None:
         dims[1] = run.same(dims[1], run.dims(other)[0])
     outer, inner = factor(dims[1], size(dims[1]) // groups, run.reason("groups of channels are normalised together"))
     run.require(call.sizes[0] if call.sizes else groups, outer)
-    run.statistic([inner, *dims[2:]], [x])
+    for dim in dims[2:]:
+        run.fix(dim, "positions are averaged")
+    run.statistic([inner], [x])
     out = call.out[0] if isinstance(call.out, (list, tuple)) else call.out
     run.set(out, run.dims(x))
 

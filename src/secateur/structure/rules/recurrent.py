@@ -23,6 +23,8 @@ def recurrent(run: Observer, call: Call) -> None:
     per = len(weights) // (int(layers) * directions)
     dims = list(run.dims(x))
     inner = dims[-1]
+    for dim in dims[:-1]:
+        run.fix(dim, "the order of steps matters")
     for layer in range(int(layers)):
         outs = []
         for direction in range(directions):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from secateur.structure.dims import Dim, factor, product, size
+from secateur.structure.dims import Axis, Dim, factor, product, size
 from secateur.structure.observe import Observer
 from secateur.structure.table import Call, function, operator
 from secateur.structure.traced import how
@@ -95,13 +95,16 @@ def expand(run: Observer, call: Call) -> None:
     new = call.out.dim() - len(dims)
     out: list[Dim] = []
     for d, n in enumerate(call.out.shape):
-        expression = call.sizes[d] if call.sizes and len(call.sizes) == call.out.dim() else None
+        written = call.sizes is not None and len(call.sizes) == call.out.dim()
+        expression = call.sizes[d] if written and call.sizes else None
         old = dims[d - new] if d >= new else 1
         if size(old) == n:
             run.require(expression, old)
             out.append(old)
-        else:
+        elif written:
             out.append(run.created(n, n if expression is None else expression))
+        else:
+            out.append(Axis(n) if n > 1 else n)  # expand_as and the like follow another tensor
     run.set(call.out, out)
 
 
