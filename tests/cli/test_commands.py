@@ -19,6 +19,7 @@ from secateur.core.plan import Plan
 NET = "cli_runs:net"
 COMMANDS = [
     ["prune"],
+    ["inspect"],
     ["methods"],
     ["show"],
     ["apply"],
