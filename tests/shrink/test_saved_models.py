@@ -290,9 +290,10 @@ CORRUPTIONS = {
 def corrupted(monkeypatch, request):
     original = saving._save_transformers
 
-    def wrong(model, folder, plan, source):
-        original(model, folder, plan, source)
+    def wrong(model, folder, *rest):
+        layout = original(model, folder, *rest)
         corrupt(folder, CORRUPTIONS[request.param])
+        return layout
 
     monkeypatch.setattr(saving, "_save_transformers", wrong)
 

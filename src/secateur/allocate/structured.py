@@ -202,7 +202,7 @@ def within(ranking: Ranking, scores: Mapping[str, Tensor], budget: Budget, cost:
         low, high = (middle, high) if cost(ranking.counts(middle)) > target else (low, middle)
     counts = ranking.counts(high)
     if not ranking.widths.uniform:
-        counts = filled(ranking, scores, counts, target, cost, dense)
+        counts = filled(ranking, scores, counts, Goal(cost, target, TOLERANCE * dense))
     reached = cost(counts)
     if target - reached > TOLERANCE * dense:
         above = cost(ranking.counts(low))
@@ -214,25 +214,30 @@ def within(ranking: Ranking, scores: Mapping[str, Tensor], budget: Budget, cost:
     return counts
 
 
-def filled(
-    ranking: Ranking, scores: Mapping[str, Tensor], counts: Counts, target: float, cost: Cost, dense: float
-) -> Counts:
+@dataclass(frozen=True)
+class Goal:
+    """A cost that must not be passed, and how far below it is near enough."""
+
+    cost: Cost
+    target: float
+    tolerance: float
+
+    def met(self, counts: Counts) -> bool:
+        """Whether the counts come near enough to the target."""
+        return self.target - self.cost(counts) <= self.tolerance
+
+
+def filled(ranking: Ranking, scores: Mapping[str, Tensor], counts: Counts, goal: Goal) -> Counts:
     """Give back units, best first, while the budget allows it and is not met closely enough."""
-    counts = dict(counts)
     for single in (False, True):
-        waiting = _next_best(ranking, scores, counts)
-        for name in waiting:
-            if target - cost(counts) <= TOLERANCE * dense:
-                return counts
+        for name in _next_best(ranking, scores, counts):
             site = ranking.sites[name]
             step = ranking.widths.hard.get(name, 1) if single else ranking.widths.step(site)
-            while counts[name] + step <= site.units:
+            while not goal.met(counts):
                 more = counts | {name: counts[name] + step}
-                if cost(more) > target:
+                if more[name] > site.units or goal.cost(more) > goal.target:
                     break
                 counts = more
-                if target - cost(counts) <= TOLERANCE * dense:
-                    return counts
     return counts
 
 

@@ -52,6 +52,12 @@ def prune(
     out: Annotated[Path | None, typer.Option(help="folder for the result; not needed with --dry-run")] = None,
     sparsity: Annotated[float | None, typer.Option(help="fraction of the units to remove, in [0, 1)")] = None,
     pattern: Annotated[str | None, typer.Option(help="instead: KEEP:OF, e.g. 2:4 keeps 2 of every 4 inputs")] = None,
+    parameters: Annotated[float | None, typer.Option(help="instead: parameters kept; up to 1 a share")] = None,
+    flops: Annotated[float | None, typer.Option(help="instead: FLOPs kept; up to 1 a share, e.g. 0.5")] = None,
+    size: Annotated[float | None, typer.Option("--bytes", help="instead: bytes kept; up to 1 a share")] = None,
+    latency: Annotated[
+        float | None, typer.Option(help="instead: time of a call on this machine, measured; up to 1 a share, else ms")
+    ] = None,
     minimum: Annotated[int, typer.Option(help="every layer keeps at least so many units")] = 0,
     data: Data = None,
     samples: Annotated[int | None, typer.Option(help="calibration samples; default 128 (zoo: 64)")] = None,
@@ -77,6 +83,8 @@ def prune(
 
     `secateur prune zoo:pydoc-llama --method shortgpt --sparsity 0.25 --out shorter`
 
+    `secateur prune zoo:digits-resnet --method channel-norm --flops 0.5 --recover finetune --out half`
+
     `secateur prune zoo:digits-resnet --method global-magnitude --sparsity 0.9 --recover finetune --out small`
 
     `secateur prune ./my-llama --method sparsegpt --pattern 2:4 --data text.jsonl --out my-llama-2-4`
@@ -91,6 +99,10 @@ def prune(
         "method": method,
         "sparsity": sparsity,
         "pattern": pattern,
+        "parameters": parameters,
+        "flops": flops,
+        "bytes": size,
+        "latency": latency,
         "minimum": minimum,
         "data": data,
         "samples": samples,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur import api, recover
-from secateur.core.budget import Budget, Pattern
+from secateur.core.budget import Budget, Pattern, Quantity
 from secateur.core.errors import BudgetError, DataError
 from secateur.core.files import check_free, sweep, write_json
 from secateur.core.method import Method
@@ -28,6 +28,16 @@ from secateur.shrink.folder import OWN
 from secateur.shrink.save import save
 
 RECORD, PAGE = "report.json", "report.html"
+BUDGETS = {
+    "sparsity": Quantity.SPARSITY,
+    "pattern": Quantity.SPARSITY,
+    "parameters": Quantity.PARAMETERS,
+    "flops": Quantity.FLOPS,
+    "bytes": Quantity.BYTES,
+    "latency": Quantity.MILLISECONDS,
+}
+"""Flags that say how much may stay or must go -> what they count."""
+COSTS = ("parameters", "flops", "bytes", "latency")
 RECOVERY_WINDOWS = 4096  # windows of text to train on; images are used up to the data's end
 
 
@@ -39,6 +49,10 @@ class Job:
     method: str
     sparsity: float | None = None
     pattern: str | None = None
+    parameters: float | None = None
+    flops: float | None = None
+    bytes: float | None = None
+    latency: float | None = None
     minimum: int = 0
     data: str | None = None
     samples: int | None = None
@@ -58,20 +72,21 @@ class Job:
     @property
     def budget(self) -> Budget:
         """The budget that the flags say."""
-        if (self.sparsity is None) == (self.pattern is None):
-            raise BudgetError("give either --sparsity or --pattern")
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise BudgetError(f"give one of {', '.join(f'--{name}' for name in BUDGETS)}; got {len(given)}")
         if self.pattern is not None and self.minimum:
             raise BudgetError("--minimum goes with --sparsity; an N:M pattern fixes what every layer keeps")
         if self.pattern is not None:
             return Budget.nm(Pattern.parse(self.pattern))
-        assert self.sparsity is not None
-        return Budget(self.sparsity, floor=self.minimum)
+        return Budget(getattr(self, given[0]), BUDGETS[given[0]], floor=self.minimum)
 
     def command(self, out: str) -> str:
         """The command line that makes this result again."""
         words = ["secateur", "prune", self.model, "--method", self.method]
         words += ["--sparsity", repr(self.sparsity)] if self.sparsity is not None else []
         words += ["--pattern", self.pattern] if self.pattern is not None else []
+        words += [w for name in COSTS if getattr(self, name) for w in (f"--{name}", repr(getattr(self, name)))]
         words += ["--minimum", str(self.minimum)] if self.minimum else []
         words += ["--data", self.data] if self.data else []
         words += ["--samples", str(self.samples)] if self.samples is not None else []

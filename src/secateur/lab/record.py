@@ -113,6 +113,10 @@ def snippet(prepared: Prepared) -> str:
 def _budget_word(job: Job) -> str:
     if job.pattern is not None:
         return _call(pattern=job.pattern)
+    if job.sparsity is None:
+        budget = job.budget
+        floor = f", floor={budget.floor}" if budget.floor else ""
+        return f"budget=sc.Budget({budget.amount!r}, {budget.quantity.value!r}{floor})"
     if job.minimum:
         return f"budget=sc.Budget({job.sparsity!r}, floor={job.minimum})"
     return _call(sparsity=job.sparsity)

@@ -61,7 +61,11 @@ def _check(model: nn.Module, plan: Plan, other_weights: bool) -> None:
 
 def _copied(tensor: Tensor) -> Undo:
     before = tensor.detach().clone()
-    return lambda: tensor.data.copy_(before) and None
+
+    def undo() -> None:
+        tensor.data.copy_(before)
+
+    return undo
 
 
 def _remove_blocks(model: nn.Module, plan: Plan) -> list[Undo]:
@@ -86,7 +90,8 @@ def masked(
         model: the model that the plan was made for.
         plan: what stays.
         other_weights: accept the same architecture with other values, e.g. after fine-tuning.
-        example, verify: as for `apply_`.
+        example: as for `apply_`.
+        verify: as for `apply_`.
 
     Raises:
         PlanError: the plan belongs to another model; nothing was changed.

@@ -59,9 +59,7 @@ def removed_indices(plan: Plan) -> dict[str, dict[int, Tensor]]:
         if not bool(mask.all()):
             for place in plan.sites[name].occurrences:
                 found[place.parameter][place.dim].append(place.removed(mask))
-    return {
-        name: {dim: torch.unique(torch.cat(parts)) for dim, parts in dims.items()} for name, dims in found.items()
-    }
+    return {name: {dim: torch.unique(torch.cat(parts)) for dim, parts in dims.items()} for name, dims in found.items()}
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -101,10 +99,14 @@ def check_cut(plan: Plan, structure: Structure) -> None:
             raise PlanError(f"'{name}' has other occurrences in this model than in the plan; plan it on this model")
         multiple = structure.multiples.get(name, 1)
         if plan.kept(name) % multiple:
-            raise PlanError(f"'{name}' must keep a multiple of {multiple} units (its kernel's rule), not {plan.kept(name)}")
+            raise PlanError(
+                f"'{name}' must keep a multiple of {multiple} units (its kernel's rule), not {plan.kept(name)}"
+            )
         if plan.kept(name) < structure.minimums.get(name, 1):
             least = structure.minimums[name]
-            raise PlanError(f"'{name}' must keep at least {least} units, the code behaves differently below; not {plan.kept(name)}")
+            raise PlanError(
+                f"'{name}' must keep at least {least} units, the code behaves differently below; not {plan.kept(name)}"
+            )
         if not plan.kept(name):
             raise PlanError(f"'{name}' would lose all of its {plan.sites[name].units} units; keep at least one")
 
@@ -141,7 +143,9 @@ def _located(model: nn.Module, modules: Mapping[int, str], slot: Any, value: int
     raise PlanError(f"the object that holds '{slot}' cannot be found again; exclude the layer")
 
 
-def _descriptions(model: nn.Module, tensors: Mapping[str, Tensor], known: set[tuple[str, str]]) -> list[AttributeChange]:
+def _descriptions(
+    model: nn.Module, tensors: Mapping[str, Tensor], known: set[tuple[str, str]]
+) -> list[AttributeChange]:
     """Attributes by which torch's layers describe themselves and that nothing computes with."""
     found = []
     for name, tensor in tensors.items():
@@ -156,29 +160,35 @@ def _descriptions(model: nn.Module, tensors: Mapping[str, Tensor], known: set[tu
 
 def _described(module: nn.Module, leaf: str, tensor: Tensor) -> Iterator[tuple[str, int]]:
     shape = tensor.shape
-    if isinstance(module, nn.Linear) and leaf == "weight":
-        yield from (("out_features", shape[0]), ("in_features", shape[1]))
-    elif isinstance(module, nn.Bilinear) and leaf == "weight":
-        yield from (("out_features", shape[0]), ("in1_features", shape[1]), ("in2_features", shape[2]))
-    elif isinstance(module, nn.modules.conv._ConvNd) and leaf == "weight":
-        own, other = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
-        groups = module.groups
-        if groups == 1:
-            yield from ((own, shape[0]), (other, shape[1]))
-        elif groups == module.in_channels:  # depthwise: the groups are cut with the channels
-            yield from ((own, shape[0]), (other, shape[0] * shape[1] * module.in_channels // module.out_channels))
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
-        yield "num_features", shape[0]
-    elif isinstance(module, nn.GroupNorm):
-        yield "num_channels", shape[0]
-    elif isinstance(module, nn.Embedding):
-        yield "embedding_dim", shape[1]
-    elif isinstance(module, nn.RNNBase) and leaf.startswith("weight_hh"):
-        yield "hidden_size", shape[1]
-    elif isinstance(module, nn.RNNBase) and leaf == "weight_ih_l0":
-        yield "input_size", shape[1]
-    elif type(module).__name__ == "Conv1D" and leaf == "weight":
+    if isinstance(module, nn.modules.conv._ConvNd):
+        if leaf == "weight":
+            yield from _described_convolution(module, shape)
+        return
+    for kind, leaves, names in DESCRIBED:
+        if isinstance(module, kind) and leaf.startswith(leaves):
+            yield from ((name, shape[dim]) for name, dim in names)
+    if type(module).__name__ == "Conv1D" and leaf == "weight":
         yield from (("nx", shape[0]), ("nf", shape[1]))
+
+
+DESCRIBED: tuple[tuple[type[nn.Module], str, tuple[tuple[str, int], ...]], ...] = (
+    (nn.Linear, "weight", (("out_features", 0), ("in_features", 1))),
+    (nn.Bilinear, "weight", (("out_features", 0), ("in1_features", 1), ("in2_features", 2))),
+    (nn.modules.batchnorm._NormBase, "", (("num_features", 0),)),
+    (nn.GroupNorm, "", (("num_channels", 0),)),
+    (nn.Embedding, "weight", (("embedding_dim", 1),)),
+    (nn.RNNBase, "weight_hh", (("hidden_size", 1),)),
+    (nn.RNNBase, "weight_ih_l0", (("input_size", 1),)),
+)
+"""Class of a layer, start of a tensor's name -> (attribute, the tensor's dimension whose size it repeats)."""
+
+
+def _described_convolution(module: nn.modules.conv._ConvNd, shape: torch.Size) -> Iterator[tuple[str, int]]:
+    own, other = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
+    if module.groups == 1:
+        yield from ((own, shape[0]), (other, shape[1]))
+    elif module.groups == module.in_channels:  # depthwise: the groups are cut with the channels
+        yield from ((own, shape[0]), (other, shape[0] * shape[1] * module.in_channels // module.out_channels))
 
 
 def install(model: nn.Module, cut: Cut) -> Undo:

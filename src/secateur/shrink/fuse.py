@@ -239,10 +239,15 @@ def _unpaired(
     """Why a norm does not alone read one layer; None if it does."""
     if norm.running_mean is None or norm.running_var is None:
         return "it has no running statistics and follows each batch"
-    if calls[norm] != 1 or len(names[norm]) > 1:
-        return "the run does not reach it" if not calls[norm] else "it is used in several places"
     if source is None:
-        return "its input is not the output of a convolution or linear layer"
+        return "its input is not the output of a convolution or linear layer" if calls[norm] else "the run skips it"
+    if calls[norm] != 1 or len(names[norm]) > 1:
+        return "it is used in several places"
+    return _shared(source, calls, names)
+
+
+def _shared(source: _Output, calls: Counter[nn.Module], names: dict[nn.Module, list[str]]) -> str | None:
+    """Why an output that a norm reads is not all that its layer makes, channel by channel for the norm alone."""
     layer = names[source.layer][0]
     if calls[source.layer] != 1 or len(names[source.layer]) > 1:
         return f"'{layer}' is used in several places"
@@ -324,7 +329,7 @@ def folded(layer: Layer, norm: Norm) -> tuple[Tensor, Tensor]:
     scale = (variance + norm.eps).rsqrt() * (1 if gamma is None else gamma)
     shift = (0 if bias is None else bias * scale) - mean * scale + (0 if beta is None else beta)
     if isinstance(layer, TRANSPOSED_CONVOLUTIONS):  # [in, out / groups, *kernel], inputs sorted by group
-        groups = weight.unflatten(0, (layer.groups, -1))
+        groups = weight.view(layer.groups, -1, *weight.shape[1:])
         return (groups * scale.view(layer.groups, 1, -1, *[1] * (weight.dim() - 2))).flatten(0, 1), shift
     return weight * scale.view(-1, *[1] * (weight.dim() - 1)), shift
 

@@ -118,7 +118,13 @@ def runtimes(kind: str, layout: str) -> dict[str, str]:
     """
     if kind != "transformers":
         loads = "secateur.load with the factory; export with `secateur export`"
-        return {"transformers": "no", "vLLM": "no", "llama.cpp": "no", "ONNX": "yes, by `secateur export`", "loads": loads}
+        return {
+            "transformers": "no",
+            "vLLM": "no",
+            "llama.cpp": "no",
+            "ONNX": "yes, by `secateur export`",
+            "loads": loads,
+        }
     if layout == "plain":
         yes = "yes, plain from_pretrained"
         return {"transformers": yes, "vLLM": "yes", "llama.cpp": "yes, after its own conversion", "ONNX": "yes"}

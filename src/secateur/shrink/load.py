@@ -83,7 +83,9 @@ def replay(module: nn.Module, folder: Path) -> bool:
                 set_attributes(module, [AttributeChange(**change) for change in step["cut"]])
                 resize = True
         except (PlanError, TypeError) as error:
-            raise ModelError(f"the model that '{folder}' is built from does not fit what was removed: {error}") from error
+            raise ModelError(
+                f"the model that '{folder}' is built from does not fit what was removed: {error}"
+            ) from error
     return resize
 
 
@@ -107,9 +109,10 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     if not file.exists():
         raise ModelError(f"weight file '{file}' does not exist")
     try:
-        return load_file(file)
+        tensors: dict[str, Tensor] = load_file(file)
     except Exception as error:
         raise ModelError(f"weight file '{file}' is truncated or corrupt ({error}); fetch it again") from error
+    return tensors
 
 
 def load_uneven(folder: Path) -> nn.Module:

@@ -106,14 +106,16 @@ class _Masked(TorchFunctionMode):
         if not isinstance(out, (list, tuple)):
             return self._silence(func, out, rows[0])
         done = [self._silence(func, item, row) for item, row in zip(out, rows, strict=True)]
-        return type(out)(done) if type(out) in (list, tuple) else type(out)(done)  # named tuples take one sequence
+        return type(out)(done)  # torch's named tuples take one sequence too
 
     def _silence(self, func: Any, out: Any, dims: tuple[Dim, ...] | None) -> Any:
         if dims is None or not isinstance(out, Tensor) or not self._touched(dims):
             return out
         if tuple(map(size, dims)) != tuple(out.shape):
             name = getattr(func, "__name__", "a function")
-            raise ModelError(f"the run takes another way than the observed one at {name}: {list(out.shape)}, not {dims}")
+            raise ModelError(
+                f"the run takes another way than the observed one at {name}: {list(out.shape)}, not {dims}"
+            )
         if not (out.is_floating_point() or out.is_complex()):
             return out
         for d, dim in enumerate(dims):
@@ -246,19 +248,18 @@ def _recurrent(func: Any, keeps: Keeps, args: Any, kwargs: Any) -> Any:
     """Hidden units meet inside the function: the removed ones have no weights there."""
     weights = args[2]
     silent = [
-        _scattered(_gathered(weight, keep), weight.shape, keep)
-        for weight, keep in zip(weights, keeps, strict=False)
+        _scattered(_gathered(weight, keep), weight.shape, keep) for weight, keep in zip(weights, keeps, strict=False)
     ]
     return func(args[0], args[1], silent, *args[3:], **kwargs)
 
 
 def _multi_head(func: Any, keeps: Keeps, args: Any, kwargs: Any) -> Any:
-    """torch's packed attention on the kept embedding: its own scale follows the kept head width."""
+    """Torch's packed attention on the kept embedding: its own scale follows the kept head width."""
     keep = keeps[0][-1]
     assert keep is not None
     names = ("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias")
-    names += ("bias_k", "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias")
-    given = dict(zip(names, args, strict=False)) | kwargs
+    tail = ("bias_k", "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias")
+    given = dict(zip((*names, *tail), args, strict=False)) | kwargs
     for i, name in enumerate(names[:3]):
         given[name] = _gathered(given[name], keeps[i])
     for name in ("in_proj_weight", "out_proj_weight"):

@@ -114,7 +114,9 @@ def _steps(plan: Plan) -> list[dict[str, Any]]:
 def _cut_buffers(model: nn.Module, plan: Plan | None) -> dict[str, Tensor]:
     """Buffers that were cut and that no state dict holds, such as rotary frequencies."""
     stored = model.state_dict().keys()
-    touched = {place.parameter for name in structured(plan) for place in plan.sites[name].occurrences} if plan else set()
+    touched = (
+        {place.parameter for name in structured(plan) for place in plan.sites[name].occurrences} if plan else set()
+    )
     found = {name: buffer for name, buffer in model.named_buffers() if name in touched and name not in stored}
     return {name: buffer.detach().cpu().clone() for name, buffer in found.items()}
 

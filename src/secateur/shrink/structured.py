@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 import torch
 from pydantic import Field
@@ -14,13 +17,16 @@ from torch import Tensor, nn
 from secateur.allocate.structured import Cost, Normalise, Scope, Widths, choose_units, normalised, target_of
 from secateur.core.budget import COSTS, Budget, Quantity
 from secateur.core.errors import BudgetError, ModelError, NumericsError, SettingsError, UnknownNameError
-from secateur.core.method import Decision, Settings, Task
+from secateur.core.method import Batch, Decision, Settings, Task
 from secateur.core.plan import Plan
 from secateur.core.units import Site, UnitKind
 from secateur.data.example import example_for
+from secateur.measure.latency import latency
+from secateur.measure.table import LatencyTable
 from secateur.shrink.cut import STRUCTURED, install, make_cut
 from secateur.structure.analysis import Structure, analyse
 
+AIMS, LATENCY_TOLERANCE = 5, 0.05
 DEFAULT_KINDS = (UnitKind.CHANNEL, UnitKind.NEURON, UnitKind.HEAD, UnitKind.KV_GROUP)
 
 
@@ -98,7 +104,9 @@ def modules_of(site: Site) -> list[str]:
     return list(dict.fromkeys(place.parameter.rpartition(".")[0] for place in site.occurrences))
 
 
-def wanted_sites(structure: Structure, task: Task, settings: StructuredSettings, only: Filter | None) -> dict[str, Site]:
+def wanted_sites(
+    structure: Structure, task: Task, settings: StructuredSettings, only: Filter | None
+) -> dict[str, Site]:
     """The sites that may be cut: of the asked kinds, with no excluded layer among their occurrences.
 
     Raises:
@@ -108,7 +116,9 @@ def wanted_sites(structure: Structure, task: Task, settings: StructuredSettings,
     found = {}
     for name, site in structure.sites.items():
         own_kind = site.kind in (kinds or DEFAULT_KINDS)
-        grouped = kinds is None and site.kind is UnitKind.HEAD and f"{name.rpartition(':')[0]}:kv_group" in structure.sites
+        grouped = (
+            kinds is None and site.kind is UnitKind.HEAD and f"{name.rpartition(':')[0]}:kv_group" in structure.sites
+        )
         if own_kind and not grouped and _allowed(site, task) and (only is None or only(site)):
             found[name] = site
     if not found:
@@ -127,27 +137,6 @@ def _allowed(site: Site, task: Task) -> bool:
     return any(map(included.wants, names)) and all(map(excluded.wants, names))
 
 
-def costs(structure: Structure, budget: Budget, task: Task) -> Cost | None:
-    """What the budget counts, as a function of kept units."""
-    match budget.quantity:
-        case Quantity.PARAMETERS:
-            return structure.parameters
-        case Quantity.FLOPS:
-            return structure.flops
-        case Quantity.BYTES:
-            size = max(p.element_size() for p in task.model.parameters())
-            return lambda counts: structure.parameters(counts) * size
-        case Quantity.MILLISECONDS:
-            from secateur.measure.table import LatencyTable
-
-            assert task.example is not None
-            return LatencyTable.build(task.model, structure, task.example, progress=task.progress).milliseconds
-        case Quantity.UNITS:
-            raise BudgetError("structured methods take a sparsity, or a budget in parameters, flops, bytes or milliseconds")
-        case _:
-            return None
-
-
 def decide(task: Task, settings: StructuredSettings, criterion: Criterion, only: Filter | None = None) -> Decision:
     """Analyse, score and choose; in several steps the smaller model is scored again.
 
@@ -164,18 +153,17 @@ def decide(task: Task, settings: StructuredSettings, criterion: Criterion, only:
     """
     if any(parameter.is_meta for parameter in task.model.parameters()):
         raise ModelError("the model's weights are on the meta device, and scores need their values; load the weights")
-    task = replace(task, example=example_for(task.model, task.example))
-    assert task.example is not None
-    structure = analyse(task.model, task.example)
+    example = example_for(task.model, task.example)
+    structure = analyse(task.model, example)
     sites = wanted_sites(structure, task, settings, only)
-    budget = task.budget if task.budget.quantity in COSTS else task.budget.of(next(iter(sites.values())).kind)
-    cost = costs(structure, budget, task)
-    widths = _widths(settings, budget, structure, sites)
+    work = Work(replace(task, example=example), example, settings, criterion, structure, sites)
     masks = {name: torch.ones(site.units, dtype=torch.bool) for name, site in sites.items()}
     scores: dict[str, Tensor] = {}
     for step in range(1, settings.steps + 1):
-        scores = _scores(task, settings, criterion, structure, sites, masks)
-        masks = choose_units(sites, scores, _partial(budget, step / settings.steps, cost, sites), widths, cost)
+        scores = work.scores(masks)
+        masks = work.choose(scores, work.partial(step / settings.steps))
+    if work.budget.quantity is Quantity.MILLISECONDS:
+        masks = work.as_measured(scores, masks)
     structure.changes({name: int(mask.sum()) for name, mask in masks.items()})
     decision = Decision(sites=dict(sites), masks=masks, scores=scores if task.keep_scores else {})
     decision.warnings = [f"'{module}' ({name}): {why}; it was left whole" for module, name, why in structure.unknown]
@@ -194,67 +182,129 @@ def _facts(structure: Structure, sites: Mapping[str, Site], masks: Mapping[str, 
     return {next(iter(sites)): {name: round(value, 6) for name, value in shares.items()}}
 
 
-def _widths(settings: StructuredSettings, budget: Budget, structure: Structure, sites: Mapping[str, Site]) -> Widths:
-    fixed = {}
-    for name, site in sites.items():
-        for pattern, share in settings.own_shares():
-            if any(fnmatchcase(module, pattern) for module in (name, name.partition(":")[0], *modules_of(site))):
-                fixed[name] = max(1, site.units - int(share * site.units))
-    return Widths(
-        scope=settings.scope,
-        multiple=settings.multiple,
-        minimum=max(1, budget.floor),
-        smallest_share=1 - settings.largest_cut,
-        uniform=settings.layout is Shape.UNIFORM,
-        hard={name: multiple for name, multiple in structure.multiples.items() if name in sites},
-        least={name: least for name, least in structure.minimums.items() if name in sites},
-        fixed=fixed,
-    )
+@dataclass(frozen=True)
+class Work:
+    """One decision in the making."""
 
+    task: Task
+    example: Batch
+    settings: StructuredSettings
+    criterion: Criterion
+    structure: Structure
+    sites: Mapping[str, Site]
 
-def _partial(budget: Budget, part: float, cost: Cost | None, sites: Mapping[str, Site]) -> Budget:
-    """The budget of an earlier step: the same share of what is to go."""
-    if part == 1:
-        return budget
-    if cost is None:
-        return Budget(budget.sparsity * part, floor=budget.floor)
-    dense = cost({name: site.units for name, site in sites.items()})
-    return replace(budget, amount=1 - (1 - target_of(budget, dense) / dense) * part)
+    @property
+    def budget(self) -> Budget:
+        """The budget for the kind of units at hand."""
+        budget = self.task.budget
+        return budget if budget.quantity in COSTS else budget.of(next(iter(self.sites.values())).kind)
 
+    @cached_property
+    def cost(self) -> Cost | None:
+        """What the budget counts, as a function of kept units."""
+        match self.budget.quantity:
+            case Quantity.PARAMETERS:
+                return self.structure.parameters
+            case Quantity.FLOPS:
+                return self.structure.flops
+            case Quantity.BYTES:
+                size = max(parameter.element_size() for parameter in self.task.model.parameters())
+                return lambda counts: self.structure.parameters(counts) * size
+            case Quantity.MILLISECONDS:
+                progress = self.task.progress
+                return LatencyTable.build(self.task.model, self.structure, self.example, progress=progress).milliseconds
+            case Quantity.UNITS:
+                raise BudgetError(
+                    "structured methods take a sparsity, or a budget in parameters, flops, bytes or milliseconds"
+                )
+            case _:
+                return None
 
-def _scores(
-    task: Task,
-    settings: StructuredSettings,
-    criterion: Criterion,
-    structure: Structure,
-    sites: Mapping[str, Site],
-    masks: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """Scores at the sites' full size: what went in an earlier step stays lowest."""
-    if all(bool(mask.all()) for mask in masks.values()):
-        found = criterion(View(task.model, structure, sites, task))
-    else:
-        plan = Plan(sites=dict(sites), masks=dict(masks))
-        undo = install(task.model, make_cut(task.model, plan, structure))
+    @cached_property
+    def widths(self) -> Widths:
+        """What the settings say about kept widths."""
+        settings, structure = self.settings, self.structure
+        fixed = {}
+        for name, site in self.sites.items():
+            for pattern, share in settings.own_shares():
+                if any(fnmatchcase(module, pattern) for module in (name, name.partition(":")[0], *modules_of(site))):
+                    fixed[name] = max(1, site.units - int(share * site.units))
+        return Widths(
+            scope=settings.scope,
+            multiple=settings.multiple,
+            minimum=max(1, self.budget.floor),
+            smallest_share=1 - settings.largest_cut,
+            uniform=settings.layout is Shape.UNIFORM,
+            hard={name: multiple for name, multiple in structure.multiples.items() if name in self.sites},
+            least={name: least for name, least in structure.minimums.items() if name in self.sites},
+            fixed=fixed,
+        )
+
+    def choose(self, scores: Mapping[str, Tensor], budget: Budget) -> dict[str, Tensor]:
+        """Keep-masks for a budget."""
+        return choose_units(self.sites, scores, budget, self.widths, self.cost)
+
+    def partial(self, part: float) -> Budget:
+        """The budget of an earlier step: the same share of what is to go."""
+        if part == 1:
+            return self.budget
+        if self.cost is None:
+            return Budget(self.budget.sparsity * part, floor=self.budget.floor)
+        dense = self.cost({name: site.units for name, site in self.sites.items()})
+        return replace(self.budget, amount=1 - (1 - target_of(self.budget, dense) / dense) * part)
+
+    def scores(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Scores at the sites' full size: what went in an earlier step stays lowest."""
+        if all(bool(mask.all()) for mask in masks.values()):
+            found = self.criterion(View(self.task.model, self.structure, self.sites, self.task))
+        else:
+            found = self._scored_again(masks)
+        missing = self.sites.keys() - found.keys()
+        found |= {name: torch.where(masks[name], torch.inf, -torch.inf) for name in missing}
+        for name, score in found.items():
+            if torch.isnan(score).any():
+                raise NumericsError(f"'{name}': its importance scores hold NaN; check the weights and calibration data")
+        return normalised({name: found[name].float().cpu() for name in self.sites}, self.settings.normalise)
+
+    def _scored_again(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with self._cut(masks):
+            smaller = analyse(self.task.model, self.example)
+            view = {name: smaller.sites[name] for name in self.sites if name in smaller.sites}
+            found = self.criterion(View(self.task.model, smaller, view, self.task))
+        wide = {}
+        for name, score in found.items():
+            wide[name] = torch.full(masks[name].shape, -torch.inf)
+            wide[name][masks[name]] = score.float().cpu()
+        return wide
+
+    @contextlib.contextmanager
+    def _cut(self, masks: Mapping[str, Tensor]) -> Iterator[None]:
+        plan = Plan(sites=dict(self.sites), masks=dict(masks))
+        undo = install(self.task.model, make_cut(self.task.model, plan, self.structure))
         try:
-            assert task.example is not None
-            smaller = analyse(task.model, task.example)
-            view = {name: smaller.sites[name] for name in sites if name in smaller.sites}
-            found = _widened(criterion(View(task.model, smaller, view, task)), masks)
+            yield
         finally:
             undo()
-    missing = sites.keys() - found.keys()
-    if missing:
-        found |= {name: torch.where(masks[name], torch.inf, -torch.inf) for name in missing}
-    for name, score in found.items():
-        if torch.isnan(score).any():
-            raise NumericsError(f"'{name}': the importance scores contain NaN; check the weights and calibration data")
-    return {name: normalised({name: found[name].float().cpu()}, settings.normalise)[name] for name in sites}
 
+    def as_measured(self, scores: Mapping[str, Tensor], masks: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Measure the cut model against the dense one and aim again, until the time asked for is met.
 
-def _widened(scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    wide = {}
-    for name, score in scores.items():
-        wide[name] = torch.full(masks[name].shape, -torch.inf)
-        wide[name][masks[name]] = score.float().cpu()
-    return wide
+        Raises:
+            BudgetError: not met after `AIMS` tries; gives the nearest time.
+        """
+        dense, best, aim = copy.deepcopy(self.task.model), float("inf"), self.budget
+        for _ in range(AIMS):
+            with self._cut(masks):
+                times = latency({"dense": (dense, self.example), "cut": (self.task.model, self.example)}, seconds=1.0)
+            whole, found = times["dense"].p10, times["cut"].p10
+            ratio = found / target_of(self.budget, whole)
+            best = min(best, ratio, key=lambda one: abs(one - 1))
+            if abs(ratio - 1) <= LATENCY_TOLERANCE:
+                return masks
+            aim = replace(aim, amount=min(1.0, max(0.01, target_of(aim, whole) / whole / ratio)))
+            masks = self.choose(scores, aim)
+        raise BudgetError(
+            f"{self.budget} was not met within {LATENCY_TOLERANCE:.0%} in {AIMS} measured tries; the nearest was "
+            f"{best:.3g} times what was asked for. Time on a quiet machine, allow other widths (multiple=1), or "
+            "ask for another amount"
+        )

@@ -25,7 +25,7 @@ from secateur.data.running import resized
 from secateur.structure.dims import Axis, Concat, Dim, axes, count, freeze, resolve, size, unify
 from secateur.structure.kinds import kinds_of, produced
 from secateur.structure.observe import Observation, Requirement, observe
-from secateur.structure.traced import Extent, Slot, evaluate, extents_in, key, slots_in, solve
+from secateur.structure.traced import Extent, Slot, evaluate, extents_in, slots_in, solve
 
 
 @dataclass(frozen=True)
@@ -132,11 +132,11 @@ class Index:
         self.anchors: dict[int, Requirement] = {}  # attribute -> a dimension whose size it is
         for requirement in requirements:
             if isinstance(requirement.expression, Slot):
-                self.anchors.setdefault(key(requirement.expression), requirement)
+                self.anchors.setdefault(requirement.expression.key, requirement)
             for axis in set(involved(requirement)):
                 self.by_axis[axis].append(requirement)
             for slot in slots_in(requirement.expression):
-                self.by_slot[key(slot)].append(requirement)
+                self.by_slot[slot.key].append(requirement)
 
 
 def involved(requirement: Requirement) -> Iterator[Axis]:
@@ -157,12 +157,12 @@ def consequences(index: Index, kept: Mapping[Axis, int]) -> tuple[list[Change], 
         requirement = waiting.pop(0)
         wanted = count(requirement.dim, kept)
         for slot in slots_in(requirement.expression):
-            anchor = index.anchors.get(key(slot))
-            if anchor is not None and key(slot) not in values:
-                values[key(slot)] = count(anchor.dim, kept)
-                if values[key(slot)] != slot.value:
-                    changed[key(slot)] = slot
-                    more = [other for other in index.by_slot[key(slot)] if other not in checked]
+            anchor = index.anchors.get(slot.key)
+            if anchor is not None and slot.key not in values:
+                values[slot.key] = count(anchor.dim, kept)
+                if values[slot.key] != slot.value:
+                    changed[slot.key] = slot
+                    more = [other for other in index.by_slot[slot.key] if other not in checked]
                     checked += more
                     waiting += more
         if evaluate(requirement.expression, kept, values) == wanted:
@@ -171,9 +171,9 @@ def consequences(index: Index, kept: Mapping[Axis, int]) -> tuple[list[Change], 
         if found is None:
             return [], requirement
         slot, value = found
-        values[key(slot)] = value
-        changed[key(slot)] = slot
-        more = [other for other in index.by_slot[key(slot)] if other not in checked]
+        values[slot.key] = value
+        changed[slot.key] = slot
+        more = [other for other in index.by_slot[slot.key] if other not in checked]
         checked += more
         waiting += more
     for requirement in checked:
@@ -194,7 +194,7 @@ def share(observation: Observation) -> None:
         if isinstance(expression, Extent) and _may_differ(expression.dim, requirement.dim):
             unify(expression.dim, requirement.dim, requirement.reason)
         elif isinstance(expression, Slot):
-            other = first.setdefault(key(expression), requirement)
+            other = first.setdefault(expression.key, requirement)
             if size(other.dim) == size(requirement.dim):
                 unify(other.dim, requirement.dim, f"'{expression}' is the size of several things")
 
@@ -204,7 +204,7 @@ def _may_differ(a: Dim, b: Dim) -> bool:
     if size(a) != size(b):
         return False
     involved = sorted({*axes(a), *axes(b)}, key=lambda axis: axis.size)
-    primes = {axis: prime for axis, prime in zip(involved, _primes(), strict=False)}
+    primes = dict(zip(involved, _primes(), strict=False))
     return count(a, primes) != count(b, primes)
 
 
@@ -235,7 +235,7 @@ def settle(observation: Observation) -> None:
             return
         guilty = {axis for axis in involved(broken) if axis.frozen is None}
         for slot in slots_in(broken.expression):
-            for other in index.by_slot[key(slot)]:
+            for other in index.by_slot[slot.key]:
                 guilty |= {axis for axis in involved(other) if axis.frozen is None}
         if not guilty:
             raise ModelError(f"the sizes that the model computes cannot be followed: {broken.reason}")
@@ -261,8 +261,8 @@ def _settle_alone(observation: Observation, index: Index, axis: Axis) -> Index:
 
 def _partner(index: Index, axis: Axis, broken: Requirement) -> Axis | None:
     """An axis that must lose as many units as this one, because the code reads both sizes from one place."""
-    mine = {key(slot) for requirement in index.by_axis[axis] for slot in slots_in(requirement.expression)}
-    if not mine.intersection(key(slot) for slot in slots_in(broken.expression)):
+    mine = {slot.key for requirement in index.by_axis[axis] for slot in slots_in(requirement.expression)}
+    if not mine.intersection(slot.key for slot in slots_in(broken.expression)):
         return None
     others = (other for other in involved(broken) if other is not axis and other.frozen is None)
     return next((other for other in others if other.size == axis.size), None)
@@ -270,13 +270,13 @@ def _partner(index: Index, axis: Axis, broken: Requirement) -> Axis | None:
 
 def _least(index: Index, axis: Axis) -> int:
     """The smallest count at which the code takes the branches that it took: comparisons may change below it."""
-    low, high = 0, (axis.size + 1) // 2
+    low, high = 1, (axis.size + 1) // 2
+    if high == 1 or consequences(index, {axis: 1})[1] is None:
+        return 1
     while high - low > 1:
-        middle = (low + high) // 2 if low else 1
+        middle = (low + high) // 2
         _, broken = consequences(index, {axis: middle})
         low, high = (low, middle) if broken is None else (middle, high)
-        if high == 1:
-            break
     return high
 
 
@@ -403,5 +403,3 @@ def _marginal_costs(observation: Observation, free: Iterable[Axis]) -> dict[Axis
 def mask_counts(masks: Mapping[str, Any]) -> dict[str, int]:
     """Kept units by site, from keep-masks."""
     return {name: int(mask.sum()) for name, mask in masks.items()}
-
-

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from math import prod
-from typing import Union
 
 
 class Axis:
@@ -59,7 +58,7 @@ class Concat:
         return f"Concat{self.parts}"
 
 
-Dim = Union[int, Axis, Product, Concat]
+Dim = int | Axis | Product | Concat
 
 
 def size(dim: Dim) -> int:
@@ -136,7 +135,8 @@ def unify(a: Dim, b: Dim, reason: str) -> None:
     """Make two dimensions of one size the same: index i of one is index i of the other.
 
     Args:
-        a, b: the dimensions.
+        a: one dimension.
+        b: the other.
         reason: where and why, for axes that are frozen because no common form exists.
     """
     a, b = resolve(a), resolve(b)
@@ -229,17 +229,20 @@ def cut(dim: Dim, at: int, reason: str) -> tuple[Dim, Dim]:
         head, tail = _part(at, dim.frozen), _part(dim.size - at, dim.frozen)
         dim.link = Concat(head, tail)
         return head, tail
-    if isinstance(dim, Concat):
-        before: list[Dim] = []
-        for index, part in enumerate(dim.parts):
-            if at < size(part):
-                head_part, tail_part = cut(part, at, reason)
-                return concat(*before, head_part), concat(tail_part, *dim.parts[index + 1 :])
-            before.append(part)
-            at -= size(part)
-            if at == 0:
-                return concat(*before), concat(*dim.parts[index + 1 :])
-    assert isinstance(dim, Product)
+    return _cut_concat(dim, at, reason) if isinstance(dim, Concat) else _cut_product(dim, at, reason)
+
+
+def _cut_concat(dim: Concat, at: int, reason: str) -> tuple[Dim, Dim]:
+    before: list[Dim] = []
+    parts = list(dim.parts)
+    while at >= size(parts[0]):
+        at -= size(parts[0])
+        before.append(parts.pop(0))
+    head, tail = cut(parts[0], at, reason)
+    return concat(*before, head), concat(tail, *parts[1:])
+
+
+def _cut_product(dim: Product, at: int, reason: str) -> tuple[Dim, Dim]:
     rest = dim.parts[1:]
     inner = prod(map(size, rest))
     if at % inner == 0:
@@ -253,14 +256,11 @@ def factor(dim: Dim, minor: int, reason: str) -> tuple[Dim, Dim]:
     """The dimension as a product `(size / minor, minor)`: what `view` does to it."""
     dim = resolve(dim)
     n = size(dim)
-    if minor == n:
-        return 1, dim
-    if minor == 1:
-        return dim, 1
+    if minor in (1, n):
+        return (dim, 1) if minor == 1 else (1, dim)
     if n % minor:
         freeze(dim, reason)
-        return n // minor, minor
-    if isinstance(dim, int):
+    if n % minor or isinstance(dim, int):
         return n // minor, minor
     if isinstance(dim, Axis):
         outer, inner = _part(n // minor, dim.frozen), _part(minor, dim.frozen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from os.path import commonprefix
+from itertools import takewhile
 
 from torch import nn
 
@@ -96,7 +96,8 @@ def _producers(modules: Mapping[str, nn.Module], places: list[Occurrence]) -> li
 def produced(modules: Mapping[str, nn.Module], observation: Observation, places: list[Occurrence]) -> bool:
     """Whether weights make the axis, and not only buffers that weights then read."""
     vectors = any(
-        place.parameter in observation.parameters and sum(size(dim) > 1 for dim in observation.tensors[place.parameter]) == 1
+        place.parameter in observation.parameters
+        and sum(size(dim) > 1 for dim in observation.tensors[place.parameter]) == 1
         for place in places
     )
     return vectors or bool(_producers(modules, places))
@@ -108,5 +109,6 @@ def _owner(parameter: str) -> str:
 
 def _around(places: list[Occurrence]) -> str:
     """The innermost module that holds all of them."""
-    parts = [_owner(place.parameter).split(".") for place in places]
-    return ".".join(commonprefix(parts))
+    paths = [_owner(place.parameter).split(".") for place in places]
+    together = takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
+    return ".".join(names[0] for names in together)

@@ -28,6 +28,7 @@ from secateur.data.batches import run as run_model
 from secateur.data.running import device_of, evaluating
 from secateur.structure import traced
 from secateur.structure.dims import Axis, Dim, axes, freeze, resolve, size, unify
+from secateur.structure.outputs import OUTPUTS
 from secateur.structure.sizes import SIZED, sizes_of
 from secateur.structure.table import FUNCTIONS, OPERATORS, Call
 from secateur.structure.traced import Expression, Extent, Number, Slot
@@ -148,7 +149,13 @@ class Observer:
             tensor._axes = tuple(dims)  # type: ignore[attr-defined]
 
     def same(self, a: Dim, b: Dim, why: str = "must match a fixed size") -> Dim:
-        """The two dimensions are one from now on."""
+        """The two dimensions are one from now on.
+
+        Raises:
+            ModelError: they have different sizes; the model does not take these inputs.
+        """
+        if size(a) != size(b):
+            raise ModelError(f"sizes {size(a)} and {size(b)} do not fit: {self.reason('stopped')}")
         unify(a, b, self.reason(why))
         return resolve(a)
 
@@ -305,7 +312,7 @@ class Observer:
         """One ATen operator."""
         if self.bypass:
             return func(*args, **kwargs)
-        name, rule, mutates = _lookup(func)
+        name, rule, in_place = _lookup(func)
         call = Call(name, args, kwargs)
         tensors = call.tensors
         symbolic = any(tensor.is_meta for tensor in tensors)
@@ -316,7 +323,7 @@ class Observer:
             if not (self.sizes or any(hasattr(tensor, "_axes") for tensor in tensors)):
                 return call.out
         else:
-            call.out = self._without_values(func, name, args, kwargs)
+            call.out = args[0] if in_place and args[0].is_meta else self._without_values(func, name, args, kwargs)
         self.name = name
         call.sizes = self.sizes
         if rule is not None:
@@ -326,6 +333,9 @@ class Observer:
         return call.out
 
     def _without_values(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        made = OUTPUTS[name](args) if name in OUTPUTS and not kwargs else None
+        if made is not None:
+            return made
         if name in INVENTED:
             return INVENTED[name](self, func, args, kwargs)
         if name in ("aten::equal", "aten::is_nonzero"):
@@ -389,11 +399,11 @@ _KNOWN: dict[Any, tuple[str, Any, bool]] = {}
 
 
 def _lookup(func: Any) -> tuple[str, Any, bool]:
-    """(name, rule, whether it changes its first argument) of an operator."""
+    """(name, rule, whether it changes and returns its first argument) of an operator."""
     known = _KNOWN.get(func)
     if known is None:
         name = func._schema.name
-        mutates = func._schema.is_mutable
+        mutates = func._schema.is_mutable and name.endswith("_") and not name.endswith("__")
         plain = name.removesuffix("_") if mutates else name
         rule = OPERATORS.get(name) or OPERATORS.get(plain)
         if rule is None and torch.Tag.pointwise in func.tags:
@@ -444,7 +454,7 @@ def _invent_nonzero(run: Observer, func: Any, args: tuple[Any, ...], kwargs: dic
 
 
 def _invent_grouped(run: Observer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """torch's grouped product has shape rules for bfloat16 only."""
+    """Torch's grouped product has shape rules for bfloat16 only."""
     return run.make([args[0].shape[0], args[1].shape[-1]], args[0])
 
 
@@ -462,10 +472,10 @@ INVENTED: dict[str, Callable[..., Any]] = {
 
 # --- the two modes --------------------------------------------------------------------------------
 
-SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
+SHAPE = torch.Tensor.shape.__get__
 SIZE = torch.Tensor.size
 NUMEL = torch.Tensor.numel
-DEVICE = torch.Tensor.device.__get__  # type: ignore[attr-defined]
+DEVICE = torch.Tensor.device.__get__
 
 
 class _Functions(TorchFunctionMode):
@@ -479,9 +489,9 @@ class _Functions(TorchFunctionMode):
         return self.observer.on_function(func, args, kwargs or {})
 
 
-class _Operators(TorchDispatchMode):
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, observer: Observer) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.observer = observer
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -8,8 +8,8 @@ expression says whether the code will compute the new size by itself, or which a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Union
+from dataclasses import dataclass, field
+from typing import Any
 
 from secateur.structure.dims import Axis, Dim, count
 
@@ -23,6 +23,10 @@ class Slot:
     index: int | None
     value: int
     where: str
+    key: int = field(init=False)  # two reads of one attribute are one slot
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", hash((id(self.owner), self.name, self.index)))
 
     def __str__(self) -> str:
         item = "" if self.index is None else f"[{self.index}]"
@@ -45,7 +49,7 @@ class Extent:
     dim: Dim
 
 
-Expression = Union[int, Slot, Extent, Operation]
+Expression = int | Slot | Extent | Operation
 
 OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "+": lambda a, b: a + b,
@@ -192,21 +196,16 @@ def evaluate(expression: Expression, kept: Mapping[Axis, int], slots: Mapping[in
     Args:
         expression: what the code computes.
         kept: axis -> units that stay.
-        slots: id of a slot's owner and name (see `key`) -> its new value.
+        slots: id of a slot's owner and name (see `Slot.key`) -> its new value.
     """
     if isinstance(expression, int):
         return plain(expression)
     if isinstance(expression, Slot):
-        return slots.get(key(expression), expression.value)
+        return slots.get(expression.key, expression.value)
     if isinstance(expression, Extent):
         return count(expression.dim, kept)
     left, right = (evaluate(side, kept, slots) for side in (expression.left, expression.right))
     return OPERATIONS[expression.symbol](left, right)
-
-
-def key(slot: Slot) -> int:
-    """What identifies a slot: two reads of one attribute are one slot."""
-    return hash((id(slot.owner), slot.name, slot.index))
 
 
 def slots_in(expression: Expression) -> Iterator[Slot]:
@@ -234,12 +233,12 @@ def solve(
 
     None where the expression reads no attribute, more than one that is still open, or no integer fits.
     """
-    open_slots = {key(slot) for slot in slots_in(expression) if key(slot) not in slots}
+    open_slots = {slot.key for slot in slots_in(expression) if slot.key not in slots}
     if len(open_slots) != 1:
         return None
     while isinstance(expression, Operation):
-        left_open = any(key(slot) in open_slots for slot in slots_in(expression.left))
-        if left_open and any(key(slot) in open_slots for slot in slots_in(expression.right)):
+        left_open = any(slot.key in open_slots for slot in slots_in(expression.left))
+        if left_open and any(slot.key in open_slots for slot in slots_in(expression.right)):
             return None
         other = evaluate(expression.right if left_open else expression.left, kept, slots)
         found = _inverse(expression.symbol, value, other, left_open)
@@ -250,18 +249,12 @@ def solve(
 
 
 def _inverse(symbol: str, value: int, other: int, left_open: bool) -> int | None:
-    """x in `x symbol other = value` (or `other symbol x = value`)."""
-    match symbol:
-        case "+":
-            return value - other
-        case "-":
-            return value + other if left_open else other - value
-        case "*":
-            return value // other if other and value % other == 0 else None
-        case "==" if value:
-            return other
-        case "//" if left_open:
-            return value * other
-        case "//":
-            return other // value if value and other % value == 0 else None
-    return None
+    """The x in `x symbol other = value`, or in `other symbol x = value`; None if no integer fits."""
+    found: dict[str, int | None] = {
+        "+": value - other,
+        "-": value + other if left_open else other - value,
+        "*": value // other if other and value % other == 0 else None,
+        "==": other if value else None,
+        "//": value * other if left_open else other // value if value and other % value == 0 else None,
+    }
+    return found.get(symbol)

@@ -19,8 +19,8 @@ from secateur.core.units import UnitKind
 from secateur.scores.groups import Combine, group_scores, over_others
 from secateur.shrink.cut import tensors_of
 from secateur.shrink.structured import StructuredSettings, View, decide
-from secateur.structure.layers import layout_of
 from secateur.structure.kinds import OUT_DIM
+from secateur.structure.layers import layout_of
 
 
 class Norm(StrEnum):

@@ -1,6 +1,16 @@
 """One small function per operator: what it does to the axes of its tensors. Importing fills the table."""
 
-from secateur.structure.rules import attention, elementwise, indexing, joins, norms, products, recurrent, shapes, spatial
+from secateur.structure.rules import (
+    attention,
+    elementwise,
+    indexing,
+    joins,
+    norms,
+    products,
+    recurrent,
+    shapes,
+    spatial,
+)
 from secateur.structure.table import function, operator
 
 __all__ = [

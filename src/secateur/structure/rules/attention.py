@@ -55,7 +55,7 @@ def _mask(run: Observer, mask: torch.Tensor, dims: list[Dim]) -> None:
 
 @function(F.multi_head_attention_forward)
 def multi_head(run: Observer, call: Call) -> None:
-    """torch's packed attention computes its head width from the embedding: the embedding is made of the heads."""
+    """Torch's packed attention computes its head width from the embedding: the embedding is made of the heads."""
     names = ("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias")
     given = dict(zip(names, call.args, strict=False)) | call.kwargs
     tail = ("bias_k", "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias")

@@ -134,7 +134,7 @@ def index_put(run: Observer, call: Call) -> None:
         for position, dim in enumerate(reversed(run.dims(values)), 1):
             if size(dim) > 1:
                 run.same(target[-position], dim)
-    run.set(call.out, [d for d in dims])
+    run.set(call.out, dims)
 
 
 def _indexed_shape(x: Tensor, indices: list[Any]) -> tuple[int, ...] | None:

@@ -33,7 +33,9 @@ def stack(run: Observer, call: Call) -> None:
     run.set(call.out, out)
 
 
-@operator("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes")
+@operator(
+    "split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes"
+)
 def split(run: Observer, call: Call) -> None:
     """Pieces along a dimension. Without sizes from the code the pieces are equal, and stay so."""
     x = call.args[0]

@@ -101,7 +101,7 @@ def group_norm(run: Observer, call: Call) -> None:
 
 @function(torch._weight_norm)
 def weight_norm(run: Observer, call: Call) -> None:
-    """g * v / |v|: a parametrised weight has the dimensions of v."""
+    """G * v / |v|: a parametrised weight has the dimensions of v."""
     v, g = call.args[0], call.args[1]
     dims = broadcast(run, [v, g])
     run.statistic(list(dims), [v, g])

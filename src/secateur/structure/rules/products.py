@@ -14,7 +14,7 @@ from secateur.structure.table import Call, function, operator
 
 @function(F.linear)
 def linear(run: Observer, call: Call) -> None:
-    """x [..., in] with a weight [out, in]."""
+    """X [..., in] with a weight [out, in]."""
     x, weight, bias = call.args[0], call.get(1, "weight"), call.get(2, "bias")
     *rows, inner = run.dims(x)
     out, columns = run.dims(weight) if weight.dim() == 2 else (1, run.dims(weight)[0])
@@ -61,7 +61,9 @@ def product_dims(run: Observer, a: torch.Tensor, b: torch.Tensor) -> list[Dim]:
     return [*batch, *([] if vector_left else [left[-2]]), *([] if vector_right else [right[-1]])]
 
 
-@function(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm, torch.mm, torch.Tensor.mm)
+@function(
+    torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm, torch.mm, torch.Tensor.mm
+)
 def matmul(run: Observer, call: Call) -> None:
     """Products of activations, or with a parameter written by hand."""
     a, b = call.args[0], call.get(1, "other")
@@ -197,5 +199,3 @@ def bilinear(run: Observer, call: Call) -> None:
         call.out = run.make([*a.shape[:-1], weight.shape[0]], a)
     run.set(call.out, [*run.dims(a)[:-1], out])
     run.multiply(prod(a.shape[:-1]), out, first, second)
-
-
