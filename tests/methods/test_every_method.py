@@ -32,7 +32,9 @@ ROWS = [(method, model) for method in METHODS for model in zoo.names()]
 
 
 def suits(method: Method, model: str) -> bool:
-    """Whole blocks can be taken from stacks that keep their shape: the transformers."""
+    """Whole blocks can be taken from stacks that keep their shape: the transformers; heads from any stack."""
+    if method.units is UnitKind.HEAD:
+        return model != "digits-mlp"
     return method.units is not UnitKind.BLOCK or zoo.get(model).pretrained
 
 
@@ -54,7 +56,8 @@ def plan_on(module: nn.Module, method: str, model: str, **budget: object) -> Pla
     # one weight per layer at least, so that a global ranking cannot empty a layer
     asked = sc.Budget(SPARSITY.get(METHODS[method].units, 0.6), floor=1)
     budget = budget or {"budget": asked}
-    return sc.plan(module, method, data=data(model).calibration, keep_scores=True, **budget)
+    settings = {"multiple": 1} if METHODS[method].structured else {}  # exact counts, not handy widths
+    return sc.plan(module, method, data=data(model).calibration, keep_scores=True, **budget, **settings)
 
 
 def outputs(module: nn.Module, model: str) -> torch.Tensor:
@@ -145,6 +148,8 @@ def test_masked_equals_applied_and_can_be_undone(row):
     assert torch.equal(outputs(module, model), dense)
     sc.apply_(module, plan)
     assert torch.equal(outputs(module, model), under)
+    if METHODS[method].structured:
+        assert sum(p.numel() for p in module.parameters()) < sum(p.numel() for p in zoo.load_model(model).parameters())
     assert not torch.allclose(under, dense)
 
 

@@ -225,11 +225,13 @@ def test_card_with_another_form(tmp_path):
     card = tmp_path / "out" / "secateur" / "result.json"
     good = json.loads(card.read_text())
     for removed, words in (
-        ([{"blocks": [True] * 5}], "does not fit its removed blocks.*has 6 blocks"),
-        ([{"nowhere": [True]}], "does not fit its removed blocks.*'nowhere'"),
-        (3, "no list of removed blocks"),
-        ([3], "no list of removed blocks"),
+        ([{"blocks": {"blocks": [True] * 5}}], "does not fit what was removed.*has 6 blocks"),
+        ([{"blocks": {"nowhere": [True]}}], "does not fit what was removed.*'nowhere'"),
+        ([{"cut": [{"module": "nowhere", "attribute": "width", "value": 3}]}], "does not fit what was removed"),
+        ([{"cut": [{"odd": 3}]}], "does not fit what was removed"),
+        (3, "no list of steps"),
+        ([3], "no list of steps"),
     ):
-        card.write_text(json.dumps(good | {"removed_blocks": removed}))
+        card.write_text(json.dumps(good | {"steps": removed}))
         with pytest.raises(ModelError, match=words):
             sc.load(tmp_path / "out", trust_factory=True)

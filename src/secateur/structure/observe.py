@@ -82,6 +82,7 @@ class Observation:
         used: parameters that took part.
         roles: what operators make of dimensions (heads, ...), and where.
         multiples: dimensions that a kernel takes in multiples only.
+        residual: modules that add their input to what they compute, in order of their end.
         minimums: axis -> the smallest count at which comparisons in the code come out as they did.
     """
 
@@ -97,6 +98,7 @@ class Observation:
     used: set[str] = field(default_factory=set)
     roles: list[tuple[str, Dim, str]] = field(default_factory=list)
     multiples: list[tuple[Dim, int]] = field(default_factory=list)
+    residual: list[str] = field(default_factory=list)
     minimums: dict[Axis, int] = field(default_factory=dict)
 
 
@@ -123,9 +125,21 @@ class Observer:
         """Qualified name of the module that is running."""
         return self.stack[-1]
 
-    def leave(self) -> None:
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A module starts; its first input is marked, to see whether it comes back in a sum."""
+        name = self.names.get(id(module), "")
+        self.stack.append(name)
+        if name and args and isinstance(args[0], Tensor):
+            args[0]._inputs = (*getattr(args[0], "_inputs", ()), name)  # type: ignore[attr-defined]
+
+    def leave(self, args: tuple[Any, ...], out: Any) -> None:
         """The running module has ended."""
-        self.stack.pop()
+        name = self.stack.pop()
+        first = out[0] if isinstance(out, (list, tuple)) and out else out
+        if name and isinstance(first, Tensor) and args and first is not args[0]:
+            same = isinstance(args[0], Tensor) and args[0].shape == first.shape
+            if same and name in getattr(first, "_sums", ()):
+                self.found.residual.append(name)
 
     def reason(self, text: str) -> str:
         """A sentence's end that says where."""
@@ -472,7 +486,7 @@ INVENTED: dict[str, Callable[..., Any]] = {
 
 # --- the two modes --------------------------------------------------------------------------------
 
-SHAPE = torch.Tensor.shape.__get__
+SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 SIZE = torch.Tensor.size
 NUMEL = torch.Tensor.numel
 DEVICE = torch.Tensor.device.__get__
@@ -623,8 +637,8 @@ def observe(model: nn.Module, batch: Batch) -> Observation:
     import secateur.structure.rules  # noqa: F401  (fills the table)
 
     observer = Observer(model)
-    pre = register_module_forward_pre_hook(lambda module, _: observer.stack.append(observer.names.get(id(module), "")))
-    post = register_module_forward_hook(lambda *_: observer.leave(), always_call=True)
+    pre = register_module_forward_pre_hook(lambda module, args: observer.enter(module, args))
+    post = register_module_forward_hook(lambda _, args, out: observer.leave(args, out), always_call=True)
     traced.observers.append(observer.constant)
     try:
         moved = batch.to(observer.device)

@@ -109,7 +109,7 @@ class Number(int):
         return self // other, self % other
 
     def __eq__(self, other: object) -> bool:
-        return _compared("==", self, other, int.__eq__(self, other))  # type: ignore[arg-type]
+        return _compared("==", self, other, int.__eq__(self, other))
 
     def __ne__(self, other: object) -> bool:
         return not self.__eq__(other)

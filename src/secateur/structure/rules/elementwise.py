@@ -31,6 +31,22 @@ def elementwise(run: Observer, call: Call) -> None:
     for out in outs:
         if isinstance(out, Tensor):
             run.set(out, dims[len(dims) - out.dim() :])
+    if call.name == "aten::add" or len(tensors) == 1:
+        remember_sums(call, tensors)
+
+
+def remember_sums(call: Call, tensors: list[Tensor]) -> None:
+    """A sum holds what was added, and so does what a function of one tensor makes of it."""
+    if not isinstance(call.out, Tensor):
+        return
+    inputs = tuple(name for tensor in tensors for name in getattr(tensor, "_inputs", ()))
+    sums = tuple(name for tensor in tensors for name in getattr(tensor, "_sums", ()))
+    if len(tensors) > 1:
+        inputs, sums = (), inputs + sums
+    if (inputs or sums) and call.out is not tensors[0]:
+        call.out._inputs = inputs  # type: ignore[attr-defined]
+    if sums:
+        call.out._sums = tuple(dict.fromkeys(sums))  # type: ignore[attr-defined]
 
 
 OPERATORS["elementwise"] = elementwise
@@ -90,6 +106,7 @@ def same_shape(run: Observer, call: Call) -> None:
         elif other.dim() == len(dims):
             dims = broadcast(run, [x, other])
     run.set(call.out, dims)
+    remember_sums(call, [x])
 
 
 @operator("rand_like", "randn_like", "randint_like", "bernoulli", "multinomial", "exponential", "normal", "uniform")
