@@ -40,8 +40,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from secateur.core.method import Batch
-from secateur.measure import flops, latency, parameters
+from secateur.core.budget import Budget, Quantity
+from secateur.core.method import Batch, Task
+from secateur.core.plan import Plan
+from secateur.measure import flops as count_flops
+from secateur.measure import latency, parameters
+from secateur.methods.channels import channel_norm
+from secateur.shrink.verify import cut_
+from secateur.structure.analysis import analyse
 
 THREADS = 2
 TIMED = ("resnet50", "mobilenet_v2", "densenet121", "vit_base_patch16_224", "vit_b_16")
@@ -62,14 +68,33 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 # ---------------------------------------------------------------------------------------------- ours
 
 
+KINDS = "channel,neuron,head,kv_group,embedding"
+"""As the peer's script: the embedding width of a transformer goes too."""
+
+
 def ours(model: nn.Module, inputs: Tensor) -> tuple[float, float]:
     """Seconds of the analysis alone, and of the whole job on another fresh copy: half the channels, by magnitude."""
-    raise NotImplementedError
+    first, second = copy.deepcopy(model), copy.deepcopy(model)
+    example = Batch((inputs,))
+    begun = time.perf_counter()
+    analyse(first, example)
+    analysed = time.perf_counter()
+    halve(second, example, Budget(0.5))
+    return analysed - begun, time.perf_counter() - analysed
 
 
 def ours_smaller(model: nn.Module, inputs: Tensor, flops: float) -> nn.Module:
     """A copy of the model with channels removed by magnitude until one forward pass takes at most `flops`."""
-    raise NotImplementedError
+    smaller = copy.deepcopy(model)
+    halve(smaller, Batch((inputs,)), Budget(flops / count_flops(model, Batch((inputs,))), Quantity.FLOPS))
+    return smaller
+
+
+def halve(model: nn.Module, example: Batch, budget: Budget) -> None:
+    """Analyse, score, select and cut, in place, without the comparison with the masked model: the peer has none."""
+    settings = channel_norm.ChannelNormSettings(kinds=KINDS)
+    decision = channel_norm.plan(Task(model, budget, example=example), settings)
+    cut_(model, Plan(decision.sites, decision.masks), example, verify=False, structure=decision.structure)
 
 
 # ---------------------------------------------------------------------------------------------- peer
@@ -341,7 +366,7 @@ def speed(args: argparse.Namespace) -> None:
     inputs = torch.randn(1, 3, 224, 224)
     for name, model in chosen(args.networks, SPED_UP):
         smaller = {"peer": peer_smaller(model, inputs)}
-        budget = flops(smaller["peer"], Batch((inputs,)))
+        budget = count_flops(smaller["peer"], Batch((inputs,)))
         mine = attempt(lambda model=model, budget=budget: ours_smaller(model, inputs, budget))
         smaller |= {"ours": mine} if mine is not None else {}
         for batch in args.batches:
@@ -352,7 +377,7 @@ def speed(args: argparse.Namespace) -> None:
 def print_speed(dense: nn.Module, smaller: dict[str, nn.Module], inputs: Tensor, seconds: float) -> None:
     """One row for each network: milliseconds, FLOPs, and the speed-up as a share of the FLOPs ratio."""
     batch, networks = Batch((inputs,)), {"dense": dense, **smaller}
-    work = {name: flops(model, batch) for name, model in networks.items()}
+    work = {name: count_flops(model, batch) for name, model in networks.items()}
     taken = latency({name: (model, batch) for name, model in networks.items()}, seconds=seconds, minimum=5)
     for name, model in networks.items():
         faster, fewer = taken["dense"].median / taken[name].median, work["dense"] / work[name]

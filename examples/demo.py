@@ -1,4 +1,4 @@
-"""The main job on embedded defaults: prune three shipped models, reload each in a new process, compare.
+"""The main job on embedded defaults: prune shipped models five ways, reload each in a new process, compare.
 
     python examples/demo.py [OUT]
 
@@ -19,6 +19,14 @@ from rich.console import Console
 from rich.table import Table
 
 JOBS = {
+    "channels-half-flops": [
+        *("zoo:digits-resnet", "--method", "channel-norm", "--flops", "0.5"),
+        *("--recover", "finetune:steps=200"),
+    ],
+    "llama-quarter-gone": [
+        *("zoo:pydoc-llama", "--method", "llm-pruner", "--sparsity", "0.25"),
+        *("--set", "first=0", "--set", "last=4"),
+    ],
     "wanda-50": ["zoo:pydoc-llama", "--method", "wanda", "--sparsity", "0.5"],
     "shortgpt-25": ["zoo:pydoc-llama", "--method", "shortgpt", "--sparsity", "0.25"],
     "magnitude-90": [
@@ -36,6 +44,24 @@ def secateur(*words: str) -> dict:
     return json.loads(done.stdout)
 
 
+PLAIN = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+tokens = torch.arange(3, 19)[None]
+print(sum(p.numel() for p in model.parameters()), float(model(tokens).logits.abs().max()), "secateur" in sys.modules)
+"""
+
+
+def plain_transformers(folder: str) -> str:
+    """Load a folder in a new process with nothing but transformers and run it."""
+    done = subprocess.run([sys.executable, "-c", PLAIN, folder], stdout=subprocess.PIPE, text=True, check=True)
+    count, largest, ours = done.stdout.split()
+    if ours != "False":
+        sys.exit("the plain process imported secateur")
+    return f"plain transformers loads {folder}: {int(count):,} parameters, largest logit {float(largest):.3f}"
+
+
 def main() -> None:
     out = Path(sys.argv[1] if len(sys.argv) > 1 else "demo-out")
     began = time.monotonic()
@@ -48,9 +74,11 @@ def main() -> None:
         record = secateur("prune", *job, "--out", folder)["record"]
         models = secateur("bench", job[0], folder, "--no-machine")["models"]
         table.add_row(name, *row(models[job[0]], models[folder], record))
+    stock = plain_transformers(str(out / "llama-quarter-gone"))
     page = secateur("report", *(str(out / name) for name in JOBS), "--out", str(out / "report.html"))["report"]
     console = Console(width=None if sys.stdout.isatty() else 130)
     console.print(table)
+    console.print(stock, highlight=False, soft_wrap=True)
     console.print(f"{time.monotonic() - began:.0f} s in all; report: {page}", highlight=False, soft_wrap=True)
 
 

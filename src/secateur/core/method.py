@@ -157,6 +157,7 @@ class Decision:
         scores: site -> scores, same shape as the mask, for `Task.keep_scores`.
         facts: site -> figures worth a column in the report.
         warnings: sentences for the user.
+        structure: what structured methods found the sites with, so that a cut need not look again.
     """
 
     sites: dict[str, Site] = field(default_factory=dict)
@@ -165,6 +166,7 @@ class Decision:
     scores: dict[str, Tensor] = field(default_factory=dict)
     facts: dict[str, dict[str, float]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    structure: Any = None
 
 
 PlanFunction = Callable[[Task, Any], Decision]

@@ -111,6 +111,7 @@ class Observer:
         self.found = Observation()
         self.device = device_of(model) if device_of(model).type != "meta" else torch.device("cpu")
         self.stack: list[str] = [""]
+        self.sums: list[tuple[str, Tensor, Tensor]] = []
         self.call = 0
         self.name = ""
         self.function = ""
@@ -137,9 +138,8 @@ class Observer:
         name = self.stack.pop()
         first = out[0] if isinstance(out, (list, tuple)) and out else out
         if name and isinstance(first, Tensor) and args and first is not args[0]:
-            same = isinstance(args[0], Tensor) and args[0].shape == first.shape
-            if same and name in getattr(first, "_sums", ()):
-                self.found.residual.append(name)
+            if isinstance(args[0], Tensor) and name in getattr(first, "_sums", ()):
+                self.sums.append((name, args[0], first))  # looked at when the modes are off
 
     def reason(self, text: str) -> str:
         """A sentence's end that says where."""
@@ -645,6 +645,7 @@ def observe(model: nn.Module, batch: Batch) -> Observation:
         with evaluating(model), _stand_ins(observer), _Operators(observer), _Functions(observer):
             output = run_model(model, moved)
         _protect_outputs(observer, output)
+        observer.found.residual = [name for name, before, after in observer.sums if before.shape == after.shape]
     except SecateurError:
         raise
     except Exception as error:
