@@ -19,6 +19,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from secateur.api import analyse as analyse
     from secateur.api import methods as methods
     from secateur.api import plan as plan
     from secateur.core.budget import Budget as Budget
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from secateur.measure import measure_together as measure_together
     from secateur.shrink.apply import apply_ as apply_
     from secateur.shrink.apply import masked as masked
+    from secateur.shrink.export import export as export
+    from secateur.shrink.fuse import fuse_ as fuse_
     from secateur.shrink.load import load as load
     from secateur.shrink.save import save as save
     from secateur.train.keep import MaskKeeper as MaskKeeper
@@ -47,8 +50,11 @@ _HOMES = {
     "MaskKeeper": "train.keep",
     "Plan": "core.plan",
     "SecateurError": "core.errors",
+    "analyse": "api",
     "apply_": "shrink.apply",
     "compare": "measure",
+    "export": "shrink.export",
+    "fuse_": "shrink.fuse",
     "load": "shrink.load",
     "masked": "shrink.apply",
     "measure_together": "measure",

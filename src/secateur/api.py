@@ -21,11 +21,29 @@ from secateur.core.units import UnitKind
 from secateur.data.batches import as_batches
 from secateur.data.dataset import Dataset
 from secateur.data.example import describe_example, example_for
-from secateur.data.running import evaluating, resized
+from secateur.data.running import evaluating
 from secateur.methods import methods
 from secateur.shrink.apply import stamp
+from secateur.structure.analysis import Structure
+from secateur.structure.analysis import analyse as find_structure
 
-__all__ = ["find_method", "methods", "plan"]
+__all__ = ["analyse", "find_method", "methods", "plan"]
+
+
+def analyse(model: nn.Module, example: Any = None) -> Structure:
+    """What can be cut out of a model: its channels, neurons, heads and widths, and why the rest is frozen.
+
+    No weights are needed: a model on the meta device will do.
+
+    Args:
+        model: any module; it is left exactly as it was.
+        example: inputs that it can be run on: a tensor, a mapping, a `Batch`; default: made-up ones.
+
+    Raises:
+        DataError: it is not clear what the model takes.
+        ModelError: it cannot be run on the example, or its structure depends on values.
+    """
+    return find_structure(model, example_for(model, example))
 
 
 def find_method(name: str) -> Method:
@@ -98,7 +116,7 @@ def plan(
         exclude=tuple(exclude),
         keep_scores=keep_scores,
         progress=progress or Silent(),
-        example=_example(model, example, data) if entry.structured else None,
+        example=example_for(model, data if example is None else example) if entry.structured else None,
     )
     with evaluating(model), seeded(seed):
         decision, origin = agreed((entry.run(task, checked), _provenance(entry, checked, task, data, source)))
@@ -146,16 +164,6 @@ def _calibration(entry: Method, data: Any) -> list[Batch]:
             raise DataError(f"{entry.name} needs calibration data; give data=... (--data)")
         return []
     return as_batches(data) if entry.needs_data else []
-
-
-def _example(model: nn.Module, example: Any, data: Any) -> Batch:
-    """Two samples to observe the model with."""
-    given = example if example is not None else data
-    batch = None
-    if given is not None:
-        batch = next(given.batches(2)) if isinstance(given, Dataset) else as_batches(given, 2)[0]
-        batch = resized(batch, min(2, batch.samples))
-    return example_for(model, batch)
 
 
 def _provenance(entry: Method, settings: Settings, task: Task, data: Any, source: str) -> Provenance:

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 from secateur.core.errors import DataError
 from secateur.core.method import Batch
-from secateur.data.probe import probe_for
+from secateur.data.batches import as_batches
+from secateur.data.dataset import Dataset
+from secateur.data.probe import SAMPLES, probe_for
+from secateur.data.running import resized
 
 PLAIN = (bool, int, float, str, type(None))
 
@@ -51,14 +54,21 @@ def _made(item: dict[str, Any], rng: torch.Generator) -> Any:
     return torch.randint(item["low"], item["high"] + 1, item["shape"], generator=rng).to(dtype)
 
 
-def example_for(model: nn.Module, given: Batch | None = None, described: dict[str, Any] | None = None) -> Batch:
+def example_for(model: nn.Module, given: Any = None, described: dict[str, Any] | None = None) -> Batch:
     """Inputs to observe a model with: the given ones, made-up ones like those of a plan, or guessed ones.
+
+    Args:
+        model: what takes them.
+        given: a Dataset, a tensor, a mapping of keyword inputs, a `Batch` or an iterable of batches; two
+            samples are taken.
+        described: what a plan says of the inputs it was made with.
 
     Raises:
         DataError: none of these; says what to give.
     """
     if given is not None:
-        return given
+        batch = next(given.batches(SAMPLES)) if isinstance(given, Dataset) else as_batches(given, SAMPLES)[0]
+        return resized(batch, min(SAMPLES, batch.samples)) if batch.tensors else batch
     if described is not None:
         return make_example(described)
     guessed = probe_for(model)

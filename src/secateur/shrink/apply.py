@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from secateur.core.errors import PlanError
 from secateur.core.fingerprint import digests
-from secateur.core.method import Batch
 from secateur.core.plan import Plan
 from secateur.core.units import UnitKind
 from secateur.shrink.cut import structured, tensors_of
@@ -78,7 +77,7 @@ def _remove_blocks(model: nn.Module, plan: Plan) -> list[Undo]:
 
 @contextlib.contextmanager
 def masked(
-    model: M, plan: Plan, other_weights: bool = False, *, example: Batch | None = None, verify: bool = True
+    model: M, plan: Plan, other_weights: bool = False, *, example: Any = None, verify: bool = True
 ) -> Iterator[M]:
     """The model under the plan inside the block; bit for bit as before afterwards.
 
@@ -114,9 +113,7 @@ def masked(
             parameter.data = data
 
 
-def apply_(
-    model: M, plan: Plan, other_weights: bool = False, *, example: Batch | None = None, verify: bool = True
-) -> M:
+def apply_(model: M, plan: Plan, other_weights: bool = False, *, example: Any = None, verify: bool = True) -> M:
     """Make the plan permanent, in place: zeros written, new weights set, structured units and blocks cut out.
 
     Applying the masks of a plan twice does what applying them once does.

@@ -129,7 +129,7 @@ def runtimes(kind: str, layout: str) -> dict[str, str]:
         yes = "yes, plain from_pretrained"
         return {"transformers": yes, "vLLM": "yes", "llama.cpp": "yes, after its own conversion", "ONNX": "yes"}
     return {
-        "transformers": "with trust_remote_code=True, or secateur.load",
+        "transformers": "with trust_remote_code, or secateur.load",
         "vLLM": "no: widths differ between layers or from what the config can say; prune with layout=uniform",
         "llama.cpp": "no: widths differ between layers or from what the config can say; prune with layout=uniform",
         "ONNX": "yes, by `secateur export`",

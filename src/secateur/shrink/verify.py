@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.errors import PlanError
-from secateur.core.method import Batch
 from secateur.core.plan import Plan
 from secateur.data.batches import run
 from secateur.data.example import example_for
-from secateur.data.running import device_of, evaluating, resized
+from secateur.data.running import device_of, evaluating
 from secateur.shrink.cut import Undo, install, make_cut
 from secateur.shrink.reference import reference
 from secateur.structure.analysis import Structure, analyse
@@ -24,7 +23,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 6e-2, tor
 def cut_(
     model: nn.Module,
     plan: Plan,
-    example: Batch | None = None,
+    example: Any = None,
     verify: bool = True,
     structure: Structure | None = None,
 ) -> Undo:
@@ -44,7 +43,6 @@ def cut_(
         PlanError: the plan does not fit, or the results differ; the model is as it was.
     """
     batch = example_for(model, example, plan.example)
-    batch = resized(batch, min(2, batch.samples)) if batch.tensors else batch
     structure = structure or analyse(model, batch)
     cut = make_cut(model, plan, structure)
     on_meta = any(tensor.is_meta for tensor in model.parameters())

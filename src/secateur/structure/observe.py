@@ -137,9 +137,9 @@ class Observer:
         """The running module has ended."""
         name = self.stack.pop()
         first = out[0] if isinstance(out, (list, tuple)) and out else out
-        if name and isinstance(first, Tensor) and args and first is not args[0]:
-            if isinstance(args[0], Tensor) and name in getattr(first, "_sums", ()):
-                self.sums.append((name, args[0], first))  # looked at when the modes are off
+        before = args[0] if args else None
+        if isinstance(before, Tensor) and isinstance(first, Tensor) and name in getattr(first, "_sums", ()):
+            self.sums.append((name, before, first))  # compared when the modes are off
 
     def reason(self, text: str) -> str:
         """A sentence's end that says where."""
@@ -637,7 +637,7 @@ def observe(model: nn.Module, batch: Batch) -> Observation:
     import secateur.structure.rules  # noqa: F401  (fills the table)
 
     observer = Observer(model)
-    pre = register_module_forward_pre_hook(lambda module, args: observer.enter(module, args))
+    pre = register_module_forward_pre_hook(observer.enter)
     post = register_module_forward_hook(lambda _, args, out: observer.leave(args, out), always_call=True)
     traced.observers.append(observer.constant)
     try:
