@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from secateur.measure import compare as compare
     from secateur.measure import measure as measure
     from secateur.measure import measure_together as measure_together
+    from secateur.recover.bias import compensate as compensate
     from secateur.shrink.apply import apply_ as apply_
     from secateur.shrink.apply import masked as masked
     from secateur.shrink.export import export as export
@@ -53,6 +54,7 @@ _HOMES = {
     "analyse": "api",
     "apply_": "shrink.apply",
     "compare": "measure",
+    "compensate": "recover.bias",
     "export": "shrink.export",
     "fuse_": "shrink.fuse",
     "load": "shrink.load",

@@ -64,6 +64,9 @@ def prune(
     setting: Annotated[list[str] | None, typer.Option("--set", help="a setting of the method, name=value")] = None,
     include: Annotated[list[str] | None, typer.Option(help="only layers that match, e.g. 'model.layers.1*'")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="no layers that match, e.g. '*down_proj*'")] = None,
+    compensate: Annotated[
+        bool, typer.Option("--compensate", help="add the mean of what structured pruning removes to the next biases")
+    ] = False,
     recover: Annotated[
         str | None, typer.Option(help="finetune or batchnorm, with settings: finetune:steps=300,lr=1e-3")
     ] = None,
@@ -109,6 +112,7 @@ def prune(
         "settings": pairs(setting or [], "--set"),
         "include": tuple(include or ("*",)),
         "exclude": tuple(exclude or ()),
+        "compensate": compensate,
         "recover": name or None,
         "recover_settings": pairs([word for word in words.split(",") if word], "--recover"),
         "seed": seed,
@@ -263,6 +267,7 @@ def export(
     batch: Annotated[int, typer.Option(help="samples in the probe, which is compared and timed", min=1)] = 1,
     opset: Annotated[int | None, typer.Option(help="ONNX operator set; default: torch's")] = None,
     static: Annotated[bool, typer.Option("--static", help="only this batch size, for models that need it")] = False,
+    fuse: Annotated[bool, typer.Option("--fuse", help="fold batch norms into the layers before them first")] = False,
     verify: Annotated[bool, typer.Option(help="run the file and compare its outputs before keeping it")] = True,
     seed: Seed = 0,
     weights: Weights = None,
@@ -282,7 +287,7 @@ def export(
 
     opening = {"weights": weights, "device": device, "dtype": dtype, "trust_factory": trust_factory}
     saving = {"opset": opset, "dynamic_batch": not static, "verify": verify, "force": force}
-    commands.export_model(model, out, data, batch, seed, opening, saving, json)
+    commands.export_model(model, out, data, batch, seed, fuse, opening, saving, json)
 
 
 @app.command()

@@ -27,6 +27,7 @@ from secateur.report.lanes import write_structure
 from secateur.shrink.apply import apply_ as apply_to
 from secateur.shrink.export import ExportReport, export
 from secateur.shrink.folder import OWN
+from secateur.shrink.fuse import fuse_
 from secateur.shrink.save import save
 
 
@@ -240,6 +241,7 @@ def export_model(
     data: str | None,
     batch: int,
     seed: int,
+    fuse: bool,
     opening: Mapping[str, Any],
     saving: Mapping[str, Any],
     json: bool,
@@ -247,6 +249,8 @@ def export_model(
     """A model as one file for another runtime."""
     opened = open_model(name, **opening)
     probe = _probe(opened, data, batch, seed)
+    if fuse:
+        fuse_(opened.model, probe)
     with Bars() as progress:
         found = export(opened.model, out, probe, progress=progress, **saving)
     if json:

@@ -11,7 +11,7 @@ from typing import Any
 
 from secateur import api, recover
 from secateur.core.budget import Budget, Pattern, Quantity
-from secateur.core.errors import BudgetError, DataError
+from secateur.core.errors import BudgetError, DataError, SettingsError
 from secateur.core.files import check_free, sweep, write_json
 from secateur.core.method import Method
 from secateur.core.plan import Plan
@@ -22,6 +22,7 @@ from secateur.io.models import OpenedModel, open_model
 from secateur.lab.record import Outcome, make_record, with_file_sizes
 from secateur.measure import measure_together, probe_machine, quality
 from secateur.recover import Recovery, Request
+from secateur.recover.bias import compensate
 from secateur.report import Record, write
 from secateur.shrink.apply import apply_
 from secateur.shrink.folder import OWN
@@ -59,6 +60,7 @@ class Job:
     settings: Mapping[str, str] = field(default_factory=dict)
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
+    compensate: bool = False
     recover: str | None = None
     recover_settings: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
@@ -93,6 +95,7 @@ class Job:
         words += [w for key, value in self.settings.items() for w in ("--set", f"{key}={value}")]
         words += [w for name in self.include if self.include != ("*",) for w in ("--include", name)]
         words += [w for name in self.exclude for w in ("--exclude", name)]
+        words += ["--compensate"] if self.compensate else []
         words += ["--recover", self._recover_word()] if self.recover else []
         words += ["--weights", self.weights] if self.weights else []
         words += ["--device", self.device] if self.device != "cpu" else []
@@ -131,8 +134,10 @@ def prepare(job: Job) -> Prepared:
         recovery.configure(job.recover_settings)
     opened = open_model(job.model, job.weights, device=job.device, dtype=job.dtype, trust_factory=job.trust_factory)
     data = job.data or opened.data
-    if data is None and (method.needs_data or recovery):
-        needs = method.name if method.needs_data else job.recover
+    if job.compensate and not method.structured:
+        raise SettingsError(f"--compensate is for methods that cut channels, neurons or heads; {method.name} does not")
+    if data is None and (method.needs_data or recovery or job.compensate):
+        needs = method.name if method.needs_data else "--compensate" if job.compensate else job.recover
         raise DataError(f"{needs} needs data and '{job.model}' has none of its own; give --data")
     samples = default_samples(opened) if job.samples is None else job.samples
     splits = open_data(data, opened, job.seed, samples) if data else None
@@ -148,7 +153,7 @@ def make_plan(prepared: Prepared, progress: Progress | None = None) -> Plan:
     """The plan alone: what `--dry-run` shows."""
     job = prepared.job
     settings: dict[str, Any] = dict(job.settings)
-    return api.plan(
+    plan = api.plan(
         prepared.opened.model,
         job.method,
         budget=job.budget,
@@ -160,6 +165,10 @@ def make_plan(prepared: Prepared, progress: Progress | None = None) -> Plan:
         progress=progress,
         **settings,
     )
+    if not job.compensate:
+        return plan
+    assert prepared.splits is not None
+    return compensate(plan, prepared.opened.model, prepared.splits.calibration, progress)
 
 
 def prune(job: Job, out: str | Path, progress: Progress | None = None) -> Record | None:

@@ -107,7 +107,9 @@ def snippet(prepared: Prepared) -> str:
     words += [_call(seed=job.seed, **job.settings)]
     words += [_call(include=job.include)] if job.include != ("*",) else []
     words += [_call(exclude=job.exclude)] if job.exclude else []
-    return "\n".join([*lines, f"plan = sc.plan(opened.model, {', '.join(words)})", "sc.apply_(opened.model, plan)"])
+    lines.append(f"plan = sc.plan(opened.model, {', '.join(words)})")
+    lines += ["plan = sc.compensate(plan, opened.model, data.calibration)"] if job.compensate else []
+    return "\n".join([*lines, "sc.apply_(opened.model, plan)"])
 
 
 def _budget_word(job: Job) -> str:

@@ -23,7 +23,7 @@ from secateur.data.running import evaluating
 from secateur.lab.checks._digits import digits
 from secateur.lab.checks._structured import DRAWS, cut_copy, example, points, recovered, same_widths, structure_of
 from secateur.lab.reproduce import Check, Expectation, Sample
-from secateur.measure import count, parameters
+from secateur.measure import flops, parameters
 from secateur.shrink.reference import reference
 from secateur.shrink.verify import difference
 
@@ -113,13 +113,13 @@ def share(model: nn.Module, plan: Plan, quantity: Quantity) -> float:
     cut = cut_copy(model, plan)
     if quantity is Quantity.PARAMETERS:
         return parameters(cut) / parameters(model)
-    return count(cut, example()) / count(model, example())
+    return flops(cut, example()) / flops(model, example())
 
 
 def gaps(model: nn.Module, plan: Plan, other: Plan) -> Sample:
     """Differences of logits from the masked model's on 64 held-out images."""
     batch = next(digits().evaluation.batches(64))
-    expected = reference(model, plan, structure_of(model), batch)
+    expected = reference(model, plan, structure_of(model, batch), batch)
 
     def gap(found: nn.Module) -> float:
         with evaluating(found):

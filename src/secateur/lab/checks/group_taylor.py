@@ -1,9 +1,10 @@
 """Group Taylor's small-scale check: blind to rescaling where the norm is not, and better than chance.
 
-`form=absolute` is claimed against norm and chance; `squared`, the default, lets the signs of a whole
-calibration set cancel, and on networks that are trained to the end it is noisier: it is claimed against
-chance only. On the digits ResNet, once its batch-norm statistics are re-estimated, neither form is better than
-chance at half of the FLOPs (84 % and 86 % against 90 %), so only the choice itself is claimed there.
+`form=absolute` is claimed against norm and chance. `squared`, the default, lets the signs of a whole
+calibration set cancel, which leaves little in networks that are trained to the end: it is claimed against
+chance on the ViT's neurons, not on its heads nor on the Llama, where it is no better than the norm. On the
+digits ResNet, once its batch-norm statistics are re-estimated, neither form is better than chance at half of
+the FLOPs (81 % and 86 % against 90 %), so only the choice itself is claimed there.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from secateur.lab.checks._structured import (
     few_images,
     few_windows,
     points,
-    random_perplexities,
     rescale_channels,
 )
 from secateur.lab.reproduce import Check, Expectation, Sample
@@ -47,9 +47,7 @@ CLAIMS = {
         "perplexity at 50 % on the rescaled Llama, as a fraction of the L2 norm's", "<= 0.85", "both"
     ),
     "chance": Expectation("accuracy points over random heads and neurons, ViT at 50 %", ">= 5", "random"),
-    "squared": Expectation(
-        "perplexity of the default form at 25 % of heads and neurons, as a fraction of random's", "<= 0.9", "random"
-    ),
+    "squared": Expectation("accuracy points of the default form over random neurons, ViT at 50 %", ">= 2", "random"),
 }
 
 
@@ -63,14 +61,12 @@ def run(seed: int, progress: Progress) -> Mapping[str, Sample]:
         return found[0], found[1]
 
     taylor, norm, random = half("group_taylor", form="absolute"), half("channel_norm"), half("group_random")
-    chance = sum(random_perplexities(plain, data, seed, 0.25)) / DRAWS
-    squared, norm_quarter = (cut_perplexity(plain, data, seed, m, 0.25) for m in ("group_taylor", "channel_norm"))
     return {
         "invariance": invariance(seed),
         "steady": Sample(*(abs(found[0] - found[1]) for found in (taylor, norm, random))),
         "rescaled": Sample(taylor[1] / norm[1], 1.0, random[1] / norm[1]),
-        "chance": vit(seed),
-        "squared": Sample(squared / chance, norm_quarter / chance, 1.0),
+        "chance": vit(seed, "head,neuron", form="absolute"),
+        "squared": vit(seed, "neuron"),
     }
 
 
@@ -86,16 +82,17 @@ def invariance(seed: int) -> Sample:
     return Sample(changed("group_taylor"), changed("channel_norm"), changed("group_random"))
 
 
-def vit(seed: int) -> Sample:
-    """Accuracy points over the mean of several random draws."""
-    model, settings = zoo.load_model("digits-vit"), {"sparsity": 0.5, "kinds": "head,neuron"}
+def vit(seed: int, kinds: str, **settings: Any) -> Sample:
+    """Accuracy points over the mean of several random draws, at half of the units."""
+    model = zoo.load_model("digits-vit")
 
     def accuracy(method: str, number: int, **more: Any) -> float:
-        return points(cut_copy(model, images_plan(model, method, number, **settings, **more)))
+        return points(cut_copy(model, images_plan(model, method, number, sparsity=0.5, kinds=kinds, **more)))
 
     draws = [accuracy("group_random", number) for number in range(seed * DRAWS, (seed + 1) * DRAWS)]
     chance = sum(draws) / DRAWS
-    return Sample(accuracy("group_taylor", seed, form="absolute") - chance, accuracy("channel_norm", seed) - chance, 0.0)
+    taylor, norm = accuracy("group_taylor", seed, **settings), accuracy("channel_norm", seed)
+    return Sample(taylor - chance, norm - chance, 0.0)
 
 
 def images_plan(model: nn.Module, method: str, seed: int, **settings: Any) -> Plan:
