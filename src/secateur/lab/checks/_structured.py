@@ -82,9 +82,9 @@ def example() -> Batch:
     return next(digits().evaluation.batches(2))
 
 
-def structure_of(model: nn.Module, batch: Batch | None = None) -> Structure:
-    """The structure of a classifier of the digits, seen on a batch or on two images."""
-    return analyse(model, batch or example())
+def structure_of(model: nn.Module) -> Structure:
+    """The structure of a classifier of the digits."""
+    return analyse(model, example())
 
 
 @torch.no_grad()
