@@ -315,7 +315,6 @@ def test_examples_of_every_form_make_a_plan(make, example):
     assert [plan.kept(name) for name in plan.sites] == [4]
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="`example` of masked and apply_ takes a Batch only")
 @pytest.mark.parametrize("example", [X, {"x": X}], ids=["tensor", "mapping"])
 def test_examples_of_every_form_apply_a_plan(example):
     model = Two()
