@@ -228,17 +228,29 @@ class Goal:
 
 
 def filled(ranking: Ranking, scores: Mapping[str, Tensor], counts: Counts, goal: Goal) -> Counts:
-    """Give back units, best first, while the budget allows it and is not met closely enough."""
+    """Give back units, the best lost ones first, while the budget allows it and is not met closely enough.
+
+    Sites get their usual multiples back; single units only where no multiple fits any more.
+    """
     for single in (False, True):
-        for name in _next_best(ranking, scores, counts):
-            site = ranking.sites[name]
-            step = ranking.widths.hard.get(name, 1) if single else ranking.widths.step(site)
-            while not goal.met(counts):
-                more = counts | {name: counts[name] + step}
-                if more[name] > site.units or goal.cost(more) > goal.target:
-                    break
-                counts = more
+        more: Counts | None = counts
+        while more is not None and not goal.met(more):
+            counts = more
+            more = _one_step_more(ranking, scores, counts, goal, single)
+        counts = counts if more is None else more
     return counts
+
+
+def _one_step_more(
+    ranking: Ranking, scores: Mapping[str, Tensor], counts: Counts, goal: Goal, single: bool
+) -> Counts | None:
+    """The counts with one step more in the first site that has room under the budget; None if none has."""
+    for name in _next_best(ranking, scores, counts):
+        step = ranking.widths.hard.get(name, 1) if single else ranking.widths.step(ranking.sites[name])
+        more = counts | {name: counts[name] + step}
+        if more[name] <= ranking.sites[name].units and goal.cost(more) <= goal.target:
+            return more
+    return None
 
 
 def _next_best(ranking: Ranking, scores: Mapping[str, Tensor], counts: Counts) -> Iterable[str]:

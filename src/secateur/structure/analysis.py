@@ -9,7 +9,7 @@ the reason.
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -161,38 +161,61 @@ def involved(requirement: Requirement) -> Iterator[Axis]:
 
 def consequences(index: Index, kept: Mapping[Axis, int]) -> tuple[list[Change], Requirement | None]:
     """The attribute changes that a cut needs, and the first requirement that cannot be met."""
-    values: dict[int, int] = {}
-    changed: dict[int, Slot] = {}
-    waiting = _unique(requirement for axis in kept for requirement in index.by_axis[axis])
-    waiting.sort(key=lambda requirement: not isinstance(requirement.expression, Slot))
-    checked = list(waiting)
+    work = _Consequences(index, kept)
+    waiting = deque(
+        sorted(
+            _unique(requirement for axis in kept for requirement in index.by_axis[axis]),
+            key=lambda requirement: not isinstance(requirement.expression, Slot),
+        )
+    )
+    work.seen.update(map(id, waiting))
+    checked = []
     while waiting:
-        requirement = waiting.pop(0)
-        wanted = count(requirement.dim, kept)
-        for slot in slots_in(requirement.expression):
-            anchor = index.anchors.get(slot.key)
-            if anchor is not None and slot.key not in values:
-                values[slot.key] = count(anchor.dim, kept)
-                if values[slot.key] != slot.value:
-                    changed[slot.key] = slot
-                    more = [other for other in index.by_slot[slot.key] if other not in checked]
-                    checked += more
-                    waiting += more
-        if evaluate(requirement.expression, kept, values) == wanted:
-            continue
-        found = solve(requirement.expression, wanted, kept, values)
-        if found is None:
+        requirement = waiting.popleft()
+        checked.append(requirement)
+        more = work.meet(requirement)
+        if more is None:
             return [], requirement
-        slot, value = found
-        values[slot.key] = value
-        changed[slot.key] = slot
-        more = [other for other in index.by_slot[slot.key] if other not in checked]
-        checked += more
         waiting += more
-    for requirement in checked:
-        if evaluate(requirement.expression, kept, values) != count(requirement.dim, kept):
-            return [], requirement
-    return [Change(slot, values[name]) for name, slot in changed.items()], None
+    broken = next((requirement for requirement in checked if not work.holds(requirement)), None)
+    if broken is not None:
+        return [], broken
+    return [Change(slot, work.values[name]) for name, slot in work.changed.items()], None
+
+
+class _Consequences:
+    """New values of attributes, as one requirement after the other asks for them."""
+
+    def __init__(self, index: Index, kept: Mapping[Axis, int]) -> None:
+        self.index, self.kept = index, kept
+        self.values: dict[int, int] = {}
+        self.changed: dict[int, Slot] = {}
+        self.seen: set[int] = set()
+
+    def meet(self, requirement: Requirement) -> list[Requirement] | None:
+        """Change what the requirement needs; returns what must be looked at because of it, None if it cannot be met."""
+        more: list[Requirement] = []
+        for slot in slots_in(requirement.expression):
+            anchor = self.index.anchors.get(slot.key)
+            if anchor is not None and slot.key not in self.values:
+                more += self._take(slot, count(anchor.dim, self.kept))
+        if self.holds(requirement):
+            return more
+        found = solve(requirement.expression, count(requirement.dim, self.kept), self.kept, self.values)
+        return None if found is None else more + self._take(*found)
+
+    def holds(self, requirement: Requirement) -> bool:
+        """Whether the code's size is the tensor's."""
+        return evaluate(requirement.expression, self.kept, self.values) == count(requirement.dim, self.kept)
+
+    def _take(self, slot: Slot, value: int) -> list[Requirement]:
+        self.values[slot.key] = value
+        if value == slot.value:
+            return []
+        self.changed[slot.key] = slot
+        more = [other for other in self.index.by_slot[slot.key] if id(other) not in self.seen]
+        self.seen.update(map(id, more))
+        return more
 
 
 def _unique(requirements: Iterable[Requirement]) -> list[Requirement]:
@@ -235,10 +258,10 @@ def _primes() -> Iterator[int]:
 def settle(observation: Observation) -> None:
     """Freeze every axis that the code's size arithmetic cannot follow, alone or together with the others."""
     index = Index(observation.requirements)
-    for dims in observation.tensors.values():
-        for axis in {axis for dim in dims for axis in axes(dim)}:
-            if axis.link is None and axis.frozen is None and axis in index.by_axis:
-                index = _settle_alone(observation, index, axis)
+    everywhere = (axis for dims in observation.tensors.values() for dim in dims for axis in axes(dim))
+    for axis in list(dict.fromkeys(everywhere)):
+        if axis.link is None and axis.frozen is None and axis in index.by_axis:
+            index = _settle_alone(observation, index, axis)
     rng = random.Random(0)
     while True:
         free = [axis for axis in index.by_axis if axis.link is None and axis.frozen is None]

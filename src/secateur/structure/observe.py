@@ -36,7 +36,7 @@ from secateur.structure.traced import Expression, Extent, Number, Slot
 SMALL = 2**22  # buffers up to this many elements are computed with for real
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Requirement:
     """The code computes `expression`, and the tensor there will have the size of `dim`."""
 
