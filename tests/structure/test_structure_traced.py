@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from secateur.structure import traced
 from secateur.structure.dims import Axis, product
-from secateur.structure.traced import Extent, Number, Operation, Slot, evaluate, how, key, plain, slots_in, solve
+from secateur.structure.traced import Extent, Number, Operation, Slot, evaluate, how, plain, slots_in, solve
 
 QUICK = settings(max_examples=200, deadline=None)
 ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv, "%": operator.mod}
@@ -77,7 +77,7 @@ def test_arithmetic_is_that_of_integers(tree, a, b):
 def test_an_expression_gives_what_the_code_would_compute_with_other_values(tree, a, b, a2, b2):
     found = safely(tree, {"a": number("a", a), "b": number("b", b)})
     later = safely(tree, {"a": a2, "b": b2})
-    assert evaluate(how(found), {}, {key(slot("a", a)): a2, key(slot("b", b)): b2}) == later
+    assert evaluate(how(found), {}, {slot("a", a).key: a2, slot("b", b).key: b2}) == later
 
 
 @QUICK
@@ -86,7 +86,7 @@ def test_what_solve_finds_is_a_solution(tree, a, wanted):
     found = safely(tree, {"a": number("a", a), "b": 3})
     solution = solve(how(found), wanted, {}, {})
     if solution is not None:
-        assert evaluate(how(found), {}, {key(solution[0]): solution[1]}) == wanted
+        assert evaluate(how(found), {}, {solution[0].key: solution[1]}) == wanted
 
 
 LINEAR = st.recursive(
@@ -131,7 +131,7 @@ def test_solve_wants_exactly_one_open_attribute():
     heads, width = number("heads", 4), number("width", 8)
     expression = how(heads * width)
     assert solve(expression, 16, {}, {}) is None
-    found = solve(expression, 16, {}, {key(slot("width", 8)): 8})
+    found = solve(expression, 16, {}, {slot("width", 8).key: 8})
     assert found is not None
     assert (found[0].name, found[1]) == ("heads", 2)
 
@@ -144,9 +144,9 @@ def test_a_size_of_a_tensor_follows_its_axis():
 
 
 def test_two_reads_of_an_attribute_are_one_slot():
-    assert key(slot("n", 3)) == key(slot("n", 3))
-    assert key(slot("n", 3)) != key(slot("m", 3))
-    assert key(Slot(OWNER, "n", 0, 3, "x")) != key(Slot(OWNER, "n", 1, 3, "x"))
+    assert slot("n", 3).key == slot("n", 3).key
+    assert slot("n", 3).key != slot("m", 3).key
+    assert Slot(OWNER, "n", 0, 3, "x").key != Slot(OWNER, "n", 1, 3, "x").key
     assert [str(one) for one in slots_in(how(number("n", 3) * 2 + number("m", 5)))] == ["layer.n", "layer.m"]
     assert str(Slot(OWNER, "n", 1, 3, "x")) == "x.n[1]"
 
@@ -178,7 +178,7 @@ def test_every_comparison_is_told_and_must_come_out_the_same(compare, value, tol
     expression, result = told[0]
     assert isinstance(expression, Operation)
     for other in (1, 2, 3, 4, 5):
-        holds = evaluate(expression, {}, {key(slot("n", value)): other}) == result
+        holds = evaluate(expression, {}, {slot("n", value).key: other}) == result
         assert holds == (compare(other, 3) == compare(value, 3)) or not holds
 
 
