@@ -14,6 +14,7 @@ from secateur.core.method import Batch
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "networks")]
 
 from demand_tools import MOVED, TOLERANCE, gap, total, zeroed
+
 from networks import NETWORKS, output_tensors, warm_up
 
 SOME = ["cifar_resnet20", "unet", "film", "yolo", "lstm_tagger", "fused_vit", "fused_llama", "llama_gqa"]

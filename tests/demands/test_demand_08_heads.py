@@ -1,5 +1,6 @@
-"""Demand 8: shared keys and values, latent attention, fused projections, rotary positions: whole groups or a refusal."""
+"""Demand 8: shared or latent keys and values, fused projections, rotary positions: whole groups or a refusal."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -54,7 +55,7 @@ EVERY = {f"llama {h}/{g}x{d}": lambda h=h, g=g, d=d: llama(h, g, d) for h, g, d 
 
 
 def strong(model):
-    """Weights so large that every unit shows in the output."""
+    """In eval mode, with weights so large that every unit shows in the output."""
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -86,28 +87,16 @@ def pruned(model, sparsity=0.5, **settings):
     return plan
 
 
-def kinds(plan):
-    return {kind.value for kind in plan.kinds}
-
-
-def places(plan, ending):
-    """(site, occurrence) where the name of a parameter ends like this."""
-    return [(s, place) for s in plan.sites.values() for place in s.occurrences if place.parameter.endswith(ending)]
-
-
 @pytest.mark.parametrize("settings", [{}, {"kinds": "head,kv_group"}, {"scope": "global"}], ids=str)
 @pytest.mark.parametrize("name", EVERY)
 def test_a_cut_decoder_is_the_zeroed_one_and_generates_with_its_cache(name, settings):
-    if name == "llama 4/1x6" and settings.get("scope") == "global":
-        settings = settings | {"largest_cut": 0.6}
     model = EVERY[name]()
     dense, size = logits(model), total(model)
     plan = sc.plan(model, "group_random", 0.5, example=IDS, multiple=1, **settings)
     with sc.masked(model, plan, example=IDS) as masked:
         inside = logits(masked)
-    if kinds(plan) <= {"head", "kv_group", "channel"} or name not in ("deepseek_v3",):
-        expected = logits(zeroed(model, plan))
-        assert gap([expected], [inside]) <= TOLERANCE
+    if not any("_a_proj" in site for site in plan.sites):  # a norm counts the latent's units
+        assert gap([logits(zeroed(model, plan))], [inside]) <= TOLERANCE
     assert torch.equal(logits(model), dense)
     sc.apply_(model, plan, example=IDS)
     assert gap([inside], [logits(model)]) == 0
@@ -137,7 +126,7 @@ def test_what_is_left_is_grouped_attention_again(heads, groups, head_dim, settin
 def test_by_default_whole_groups_go_and_others_keep_their_heads(heads, groups, head_dim):
     model = llama(heads, groups, head_dim)
     plan = pruned(model)
-    assert kinds(plan) == {"kv_group", "neuron"}
+    assert set(plan.kinds) == {"kv_group", "neuron"}
     for site in plan.sites.values():
         if site.kind == "kv_group":
             kept = plan.kept(site.name)
@@ -150,31 +139,31 @@ def test_by_default_whole_groups_go_and_others_keep_their_heads(heads, groups, h
 @pytest.mark.parametrize(("heads", "groups", "head_dim"), [shape for shape in SHARED if shape[2] > 2])
 def test_head_dimensions_go_in_rotary_pairs(heads, groups, head_dim):
     model = llama(heads, groups, head_dim)
-    dense = total(model)
+    fresh = copy.deepcopy(model)
     plan = pruned(model, kinds="head_dim")
     (name,) = plan.sites
     kept = plan.masks[name].nonzero().flatten().tolist()
     both = [*kept, *(unit + head_dim // 2 for unit in kept)]
-    fresh = llama(heads, groups, head_dim)
     for layer, before in zip(model.model.layers, fresh.model.layers, strict=True):
         assert layer.self_attn.head_dim == 2 * len(kept)
         rows = [head * head_dim + unit for head in range(heads) for unit in both]
         assert torch.equal(layer.self_attn.q_proj.weight, before.self_attn.q_proj.weight[rows])
     assert torch.equal(model.model.rotary_emb.inv_freq, fresh.model.rotary_emb.inv_freq[kept])
-    assert total(model) < dense
+    assert total(model) < total(fresh)
     assert torch.equal(generated(model, IDS, 6), without_cache(model, IDS, 6))
 
 
 def test_a_head_of_one_rotary_pair_is_refused_with_what_there_is():
     model = llama(8, 2, 2)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ModelError, match="nothing is left to cut .* kinds of unit found: embedding, head, kv_group"):
+    with pytest.raises(ModelError, match=r"nothing is left to cut .* kinds of unit found: embedding, head, kv_group"):
         sc.plan(model, "group_random", 0.5, example=IDS, kinds="head_dim")
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
 
 
 def test_fused_projections_lose_the_same_heads_from_all_parts():
-    model, fresh = phi3(), phi3()
+    model = phi3()
+    fresh = copy.deepcopy(model)
     plan = pruned(model, kinds="kv_group")
     (name,) = plan.sites
     (group,) = plan.masks[name].nonzero().flatten().tolist()
@@ -186,7 +175,8 @@ def test_fused_projections_lose_the_same_heads_from_all_parts():
 
 def test_latent_attention_keeps_what_all_heads_share():
     """The rotary key has no heads: it belongs to all of them, and each head loses its own part of both inputs."""
-    model, fresh = deepseek(), deepseek()
+    model = deepseek()
+    fresh = copy.deepcopy(model)
     plan = pruned(model, kinds="head")
     for site in plan.sites.values():
         assert site.kind == "head"
