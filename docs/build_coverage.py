@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "networks"))
 
 import torch
 from build import table
-from coverage import MOSTLY_FROZEN, SHARE, TOLERANCE, Verdict, cover
+from covering import MOSTLY_FROZEN, SHARE, TOLERANCE, Verdict, cover
 
 from networks import NETWORKS, available, use_networks
 

@@ -1,7 +1,7 @@
-import coverage
+import covering
 import pytest
 import torch
-from coverage import MOSTLY_FROZEN, REFUSED, SHRUNK, Verdict, cover, prune_and_compare, without_place
+from covering import MOSTLY_FROZEN, REFUSED, SHRUNK, Verdict, cover, prune_and_compare, without_place
 from network_tools import Network, tensors
 from torch import nn
 
@@ -56,9 +56,9 @@ def test_exceptions_are_made_for_networks_of_the_list_only():
 
 
 def test_a_cut_of_other_units_is_wrong(monkeypatch):
-    reference, random_plan = coverage.reference, coverage.random_plan
+    reference, random_plan = covering.reference, covering.random_plan
     monkeypatch.setattr(
-        coverage, "reference", lambda model, plan, found, batch: reference(model, random_plan(found, 1), found, batch)
+        covering, "reference", lambda model, plan, found, batch: reference(model, random_plan(found, 1), found, batch)
     )
     found = cover(NETWORKS["unet"])
     assert found.verdict is Verdict.WRONG
@@ -77,7 +77,7 @@ def test_a_cut_of_other_units_is_wrong(monkeypatch):
     ],
 )
 def test_all_that_was_promised_is_checked(gap, moved, after, reason):
-    found = coverage.what_is_wrong(gap, moved, after, promised=10)
+    found = covering.what_is_wrong(gap, moved, after, promised=10)
     assert reason in found
     assert bool(found) == bool(reason)
 
@@ -109,16 +109,16 @@ def test_what_is_known_of_a_network_is_counted():
     assert set(found.sites) == {"channel"}
     assert found.frozen["it is an output of the model"] == 1
     assert 0 < found.left < SHRUNK
-    assert found.gap <= coverage.TOLERANCE < coverage.MOVED <= found.moved
+    assert found.gap <= covering.TOLERANCE < covering.MOVED <= found.moved
     assert found.seconds > 0
 
 
 def test_units_go_within_the_least_and_the_multiples_that_the_code_asks_for():
     sites = {name: Site(name, UnitKind.CHANNEL, (10,)) for name in ("a", "b", "c")}
     structure = Structure(Observation(), sites=sites, multiples={"b": 4}, minimums={"c": 9})
-    plan = coverage.random_plan(structure)
+    plan = covering.random_plan(structure)
     assert {name: int(mask.sum()) for name, mask in plan.masks.items()} == {"a": 7, "b": 4, "c": 9}
-    assert torch.equal(plan.masks["a"], coverage.random_plan(structure).masks["a"])
+    assert torch.equal(plan.masks["a"], covering.random_plan(structure).masks["a"])
 
 
 def test_reasons_are_counted_without_their_places():

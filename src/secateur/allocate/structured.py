@@ -90,6 +90,9 @@ def normalised(scores: Mapping[str, Tensor], how: Normalise) -> dict[str, Tensor
     found = {}
     for name, score in scores.items():
         finite = score[torch.isfinite(score)]
+        if not len(finite):
+            found[name] = score
+            continue
         if how is Normalise.STANDARD:
             found[name] = (score - finite.mean()) / finite.std().clamp_min(1e-12) if len(finite) > 1 else score * 0
         else:

@@ -220,6 +220,8 @@ class Plan:
             if values_only and other_weights and not self.weights:
                 continue
             advice = "use the model it was planned on"
+            if not values_only and any(site.occurrences for site in self.sites.values()):
+                advice += " (a plan that cuts units can be applied once; was it applied already?)"
             if values_only and not self.weights:
                 advice += ", or pass other_weights=True (--other-weights) to put these masks on a retrained one"
             raise PlanError(f"this plan was made for another model: parameter '{name}' {what}; {advice}")

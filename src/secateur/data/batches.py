@@ -53,6 +53,23 @@ def _as_batch(item: Any) -> Batch:
     raise DataError(f"a batch must be a tensor, a mapping or a pair (input, target), got {type(item).__name__}")
 
 
+def split_batch(batch: Batch, size: int = 1) -> list[Batch]:
+    """A batch as batches of at most `size` samples; tensors of another length stay whole."""
+
+    def pick(item: Any, start: int) -> Any:
+        sliced = isinstance(item, Tensor) and item.dim() > 0 and item.shape[0] == batch.samples
+        return item[start : start + size] if sliced else item
+
+    return [
+        Batch(
+            tuple(pick(item, start) for item in batch.args),
+            {name: pick(item, start) for name, item in batch.kwargs.items()},
+            pick(batch.target, start),
+        )
+        for start in range(0, batch.samples, size)
+    ]
+
+
 def run(model: nn.Module, batch: Batch) -> Any:
     """The model's raw output; a transformers model is asked not to build a key/value cache."""
     return model(*batch.args, **(cacheless(model) | batch.kwargs))

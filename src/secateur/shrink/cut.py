@@ -97,6 +97,8 @@ def check_cut(plan: Plan, structure: Structure) -> None:
             )
         if structure.sites[name].occurrences != plan.sites[name].occurrences:
             raise PlanError(f"'{name}' has other occurrences in this model than in the plan; plan it on this model")
+        if not plan.kept(name):
+            raise PlanError(f"'{name}' would lose all of its {plan.sites[name].units} units; keep at least one")
         multiple = structure.multiples.get(name, 1)
         if plan.kept(name) % multiple:
             raise PlanError(
@@ -107,8 +109,6 @@ def check_cut(plan: Plan, structure: Structure) -> None:
             raise PlanError(
                 f"'{name}' must keep at least {least} units, the code behaves differently below; not {plan.kept(name)}"
             )
-        if not plan.kept(name):
-            raise PlanError(f"'{name}' would lose all of its {plan.sites[name].units} units; keep at least one")
 
 
 def make_cut(model: nn.Module, plan: Plan, structure: Structure) -> Cut:
@@ -235,14 +235,12 @@ def set_attributes(model: nn.Module, changes: list[AttributeChange]) -> Undo:
     Raises:
         PlanError: a module or attribute is missing; names it.
     """
+    for change in changes:
+        _owner(model, change)  # nothing is set unless everything can be
     before: list[tuple[Any, str, Any]] = []
     for change in changes:
-        try:
-            owner: Any = model.get_submodule(change.module)
-            owner = owner if change.on_config is None else getattr(owner, change.on_config)
-            old = getattr(owner, change.attribute)
-        except AttributeError:
-            raise PlanError(f"the model has no '{change.module}.{change.attribute}'") from None
+        owner = _owner(model, change)
+        old = getattr(owner, change.attribute)
         before.append((owner, change.attribute, old))
         setattr(owner, change.attribute, _replaced(old, change))
 
@@ -251,6 +249,16 @@ def set_attributes(model: nn.Module, changes: list[AttributeChange]) -> Undo:
             setattr(owner, name, value)
 
     return undo
+
+
+def _owner(model: nn.Module, change: AttributeChange) -> Any:
+    try:
+        owner: Any = model.get_submodule(change.module)
+        owner = owner if change.on_config is None else getattr(owner, change.on_config)
+        getattr(owner, change.attribute)
+    except AttributeError:
+        raise PlanError(f"the model has no '{change.module}.{change.attribute}'") from None
+    return owner
 
 
 def _replaced(old: Any, change: AttributeChange) -> Any:

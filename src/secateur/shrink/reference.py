@@ -46,7 +46,7 @@ def keep_of(dim: Dim, masks: Mapping[Axis, Tensor]) -> Keep:
 
 
 def reference(model: nn.Module, plan: Plan, structure: Structure, batch: Batch) -> Any:
-    """The output of the masked model on a batch.
+    """The output of the masked model on a batch of the size that the structure was found with.
 
     Raises:
         ModelError: the run takes another way than the observed one, or counts units in a function that

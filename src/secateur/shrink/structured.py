@@ -51,7 +51,9 @@ class StructuredSettings(Settings):
     layout: Shape = Field(Shape.FREE, description="uniform: equal sites keep equal numbers, as plain configs ask")
     largest_cut: float = Field(0.9, gt=0, le=1, description="largest share of a site's units that may go")
     steps: int = Field(1, ge=1, description="prune in this many steps, scoring the smaller model again after each")
-    shares: str = Field("", description="own removed share for single sites: 'layer1.*=0.2,layer2.0.conv1=0'")
+    shares: str = Field(
+        "", description="own removed share for single sites: 'layer1.*=0.2,layer2.0.conv1=0'; the last match counts"
+    )
 
     def chosen_kinds(self) -> frozenset[UnitKind] | None:
         """The kinds that were named; None for auto.
@@ -161,7 +163,7 @@ def decide(task: Task, settings: StructuredSettings, criterion: Criterion, only:
     scores: dict[str, Tensor] = {}
     for step in range(1, settings.steps + 1):
         scores = work.scores(masks)
-        masks = work.choose(scores, work.partial(step / settings.steps))
+        masks = work.choose(scores, work.partial(step / settings.steps), masks)
     if work.budget.quantity is Quantity.MILLISECONDS:
         masks = work.as_measured(scores, masks)
     structure.changes({name: int(mask.sum()) for name, mask in masks.items()})
@@ -180,6 +182,10 @@ def _facts(structure: Structure, sites: Mapping[str, Site], masks: Mapping[str, 
         "flops_kept": structure.flops(counts) / dense_flops if dense_flops else 1.0,
     }
     return {next(iter(sites)): {name: round(value, 6) for name, value in shares.items()}}
+
+
+def _of(counts: Mapping[str, int], sites: Mapping[str, Site]) -> dict[str, int]:
+    return {name: count for name, count in counts.items() if name in sites}
 
 
 @dataclass(frozen=True)
@@ -224,11 +230,16 @@ class Work:
     def widths(self) -> Widths:
         """What the settings say about kept widths."""
         settings, structure = self.settings, self.structure
-        fixed = {}
-        for name, site in self.sites.items():
-            for pattern, share in settings.own_shares():
-                if any(fnmatchcase(module, pattern) for module in (name, name.partition(":")[0], *modules_of(site))):
-                    fixed[name] = max(1, site.units - int(share * site.units))
+        fixed: dict[str, int] = {}
+        for pattern, share in settings.own_shares():
+            named = [
+                name for name in self.sites if any(fnmatchcase(n, pattern) for n in (name, name.partition(":")[0]))
+            ]
+            if not named:
+                raise SettingsError(
+                    f"shares: no site matches '{pattern}'; sites are named like '{next(iter(self.sites))}'"
+                )
+            fixed |= {name: max(1, Budget(share).keep(self.sites[name].units)) for name in named}
         return Widths(
             scope=settings.scope,
             multiple=settings.multiple,
@@ -240,9 +251,20 @@ class Work:
             fixed=fixed,
         )
 
-    def choose(self, scores: Mapping[str, Tensor], budget: Budget) -> dict[str, Tensor]:
-        """Keep-masks for a budget."""
-        return choose_units(self.sites, scores, budget, self.widths, self.cost)
+    def choose(self, scores: Mapping[str, Tensor], budget: Budget, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Keep-masks for a budget. Sites without a score keep what they have in `masks`."""
+        silent = {name: int(masks[name].sum()) for name in self.sites if name not in scores}
+        widths = replace(self.widths, fixed={**silent, **self.widths.fixed})
+        ranked = {name: scores.get(name, masks[name].float()) for name in self.sites}
+        if self.cost is not None or not self.task.budget.per_kind:
+            return choose_units(self.sites, ranked, budget, widths, self.cost)
+        share = budget.amount / self.budget.amount if self.budget.amount else 1.0  # of the whole way, in steps
+        found: dict[str, Tensor] = {}
+        for kind in dict.fromkeys(site.kind for site in self.sites.values()):
+            own = {name: site for name, site in self.sites.items() if site.kind is kind}
+            wanted = Budget(self.task.budget.of(kind).sparsity * share, floor=budget.floor)
+            found |= choose_units(own, ranked, wanted, replace(widths, fixed=_of(widths.fixed, own)))
+        return {name: found[name] for name in self.sites}
 
     def partial(self, part: float) -> Budget:
         """The budget of an earlier step: the same share of what is to go."""
@@ -259,12 +281,13 @@ class Work:
             found = self.criterion(View(self.task.model, self.structure, self.sites, self.task))
         else:
             found = self._scored_again(masks)
-        missing = self.sites.keys() - found.keys()
-        found |= {name: torch.where(masks[name], torch.inf, -torch.inf) for name in missing}
+        if not found:
+            raise ModelError(f"the criterion has a score for none of the sites, e.g. '{next(iter(self.sites))}'")
         for name, score in found.items():
             if torch.isnan(score).any():
                 raise NumericsError(f"'{name}': its importance scores hold NaN; check the weights and calibration data")
-        return normalised({name: found[name].float().cpu() for name in self.sites}, self.settings.normalise)
+        ordered = {name: found[name].float().cpu() for name in self.sites if name in found}
+        return normalised(ordered, self.settings.normalise)
 
     def _scored_again(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with self._cut(masks):
@@ -302,7 +325,7 @@ class Work:
             if abs(ratio - 1) <= LATENCY_TOLERANCE:
                 return masks
             aim = replace(aim, amount=min(1.0, max(0.01, target_of(aim, whole) / whole / ratio)))
-            masks = self.choose(scores, aim)
+            masks = self.choose(scores, aim, masks)
         raise BudgetError(
             f"{self.budget} was not met within {LATENCY_TOLERANCE:.0%} in {AIMS} measured tries; the nearest was "
             f"{best:.3g} times what was asked for. Time on a quiet machine, allow other widths (multiple=1), or "

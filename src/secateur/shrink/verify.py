@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur.core.errors import PlanError
+from secateur.core.method import Batch
 from secateur.core.plan import Plan
 from secateur.data.batches import run
 from secateur.data.example import example_for
@@ -46,20 +49,60 @@ def cut_(
     structure = structure or analyse(model, batch)
     cut = make_cut(model, plan, structure)
     on_meta = any(tensor.is_meta for tensor in model.parameters())
-    expected = reference(model, plan, structure, batch) if verify and not on_meta else None
+    expected = None
+    if verify and not on_meta:
+        with unchanged(model):
+            expected = reference(model, plan, structure, copied(batch))
     undo = install(model, cut)
     try:
         if verify and on_meta:
             analyse(model, batch)
         elif verify:
-            with evaluating(model):
-                found = run(model, batch.to(device_of(model)))
-            _compare(expected, found)
+            _compare(expected, _outputs(model, copied(batch)))
     except BaseException:
         undo()
         raise
     plan.attributes = tuple(change.to_json() for change in cut.attributes)
     return undo
+
+
+def _outputs(model: nn.Module, batch: Batch) -> Any:
+    """The cut model's outputs.
+
+    Raises:
+        PlanError: it cannot be run; gives the model's own words.
+    """
+    try:
+        with unchanged(model), evaluating(model):
+            return run(model, batch.to(device_of(model)))
+    except Exception as error:
+        # the model's own code runs here and may fail in any way
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise PlanError(f"the cut model cannot be run ({reason}); the model is left as it was") from error
+
+
+def copied(batch: Batch) -> Batch:
+    """The same inputs in memory of their own: some models write into them."""
+
+    def clone(item: Any) -> Any:
+        return item.clone() if isinstance(item, Tensor) else item
+
+    return Batch(
+        tuple(map(clone, batch.args)), {name: clone(item) for name, item in batch.kwargs.items()}, batch.target
+    )
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Buffers inside the block may be written to; afterwards they hold what they held."""
+    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, values in before:
+                if buffer.shape == values.shape and not torch.equal(buffer, values):
+                    buffer.copy_(values)
 
 
 def _compare(expected: Any, found: Any) -> None:

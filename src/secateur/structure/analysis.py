@@ -13,6 +13,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -339,13 +340,15 @@ def analyse(model: nn.Module, batch: Batch) -> Structure:
     settle(observation)
     roots = _roots(observation)
     modules = dict(model.named_modules())
+    active = _active(observation)
     for axis, places in roots.items():
         source = next((place.parameter for place in places if place.parameter not in observation.parameters), None)
         if source and not produced(modules, observation, places):
             freeze(axis, f"its units come from the buffer '{source}'")
-        used = [place for place in places if place.parameter in observation.parameters]
-        if used and all(place.parameter not in observation.used for place in places):
-            freeze(axis, f"'{used[0].parameter}' takes no part in the run")
+        if axis not in active:
+            idle = all(place.parameter not in observation.used for place in places)
+            what = f"'{places[0].parameter}' takes" if idle else f"these units of '{places[0].parameter}' take"
+            freeze(axis, f"{what} no part in the run")
     structure = Structure(observation)
     free = {axis: places for axis, places in roots.items() if axis.frozen is None}
     _describe(model, structure, {a: p for a, p in free.items() if _has_parameter(observation, p)})
@@ -355,6 +358,13 @@ def analyse(model: nn.Module, batch: Batch) -> Structure:
         if axis.frozen is not None and _has_parameter(observation, places)
     ]
     return structure
+
+
+def _active(observation: Observation) -> set[Axis]:
+    """The axes that some result has or some product runs over."""
+    rows = (dims for results in observation.results.values() for dims in results if dims is not None)
+    products = (product.dims for product in observation.products)
+    return {axis for dims in chain(rows, products) for dim in dims for axis in axes(dim)}
 
 
 def _has_parameter(observation: Observation, places: list[Occurrence]) -> bool:
@@ -421,7 +431,9 @@ def _describe(model: nn.Module, structure: Structure, free: dict[Axis, list[Occu
             structure.multiples[unique] = multiples[axis]
         structure.sites[unique] = Site(unique, kind, (axis.size,), cost=marginal[axis], occurrences=tuple(places))
     if not structure.sites and not everything:
-        raise ModelError(f"{type(model).__name__} has no parameters")
+        raise ModelError(
+            f"{type(model).__name__} has no parameters that could be cut (quantised modules keep theirs packed)"
+        )
 
 
 def _marginal_costs(observation: Observation, free: Iterable[Axis]) -> dict[Axis, int]:

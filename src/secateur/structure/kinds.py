@@ -50,6 +50,8 @@ def _label(modules: Mapping[str, nn.Module], roles: set[str], places: list[Occur
     ):
         if role in roles:
             around = _around([place for place in places if _weight(modules, place)] or places)
+            if role == "hidden":
+                around = _owner(places[0].parameter)
             return kind, f"{around or first}:{kind.value}"
     kind = _plain_kind(modules, producers, places)
     if kind is UnitKind.EMBEDDING:

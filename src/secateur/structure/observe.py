@@ -31,7 +31,10 @@ from secateur.structure.dims import Axis, Dim, axes, freeze, resolve, size, unif
 from secateur.structure.outputs import OUTPUTS
 from secateur.structure.sizes import SIZED, sizes_of
 from secateur.structure.table import FUNCTIONS, OPERATORS, Call
-from secateur.structure.traced import Expression, Extent, Number, Slot
+from secateur.structure.traced import Expression, Extent, Number, Operation, Slot
+
+REPEATS = ("num_key_value_groups", "n_rep", "num_queries_per_kv")
+"""Attributes that say how many queries share a key; not every way through a module reads them."""
 
 SMALL = 2**22  # buffers up to this many elements are computed with for real
 
@@ -143,7 +146,12 @@ class Observer:
 
     def reason(self, text: str) -> str:
         """A sentence's end that says where."""
-        return f"{text} in '{self.module or type(self.model).__name__}' ({self.name.removeprefix('aten::')})"
+        return f"{text} in '{self.place}' ({self.name.removeprefix('aten::')})"
+
+    @property
+    def place(self) -> str:
+        """The running module for a message; the class where it is the model itself."""
+        return self.module or type(self.model).__name__
 
     def dims(self, tensor: Tensor) -> tuple[Dim, ...]:
         """The dimensions of a tensor, resolved."""
@@ -202,6 +210,8 @@ class Observer:
         """An integer attribute of the running module that is no traced one; None if it has no such."""
         owner = self.model.get_submodule(self.module)
         value = getattr(owner, name, None)
+        if isinstance(value, Number):
+            return value.how
         return Slot(owner, name, None, value, self.module) if type(value) is int else None
 
     def multiply(self, factor: float, *dims: Dim) -> None:
@@ -312,7 +322,13 @@ class Observer:
                 self.constant(item.how, traced.plain(item))
 
     def constant(self, expression: Expression, value: int) -> None:
-        """The code computes or compares with a size: the result must stay what it is."""
+        """The code computes or compares with a size: the result must stay what it is.
+
+        How many queries share a key is compared with 1 to save a copy; both ways give the same.
+        """
+        shares = any(slot.name in REPEATS for slot in traced.slots_in(expression))
+        if shares and isinstance(expression, Operation) and 1 in (expression.left, expression.right):
+            return
         self.found.requirements.append(Requirement(expression, value, self.reason("the size itself is computed with")))
 
     def aligned(self, dim: Dim, multiple: int) -> None:
@@ -546,17 +562,35 @@ def _stand_ins(observer: Observer) -> Iterator[None]:
             vars(module).update(attributes)
             for container, items in contents:
                 container.clear()
-                (container.update if isinstance(container, dict) else container.extend)(items)
+                (container.extend if isinstance(container, list) else container.update)(items)
         for other, attributes in others.values():
             vars(other).update(attributes)
 
 
-PLAIN = (dict, list, OrderedDict, defaultdict)
+PLAIN = (dict, list, set, OrderedDict, defaultdict)
 
 
 def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
-    """Dictionaries and lists of a module (parameters, hooks, a run's own caches) with what is in them now."""
-    return [(value, value.copy()) for value in vars(module).values() if type(value) in PLAIN]
+    """Containers of a module (parameters, hooks, a run's own caches) with what is in them now, inner ones too."""
+    found: dict[int, tuple[Any, Any]] = {}
+    waiting = list(vars(module).values())
+    while waiting:
+        value = waiting.pop()
+        if id(value) in found or isinstance(value, (nn.Module, Tensor)):
+            continue
+        if type(value) in PLAIN:
+            found[id(value)] = value, value.copy()
+            waiting += value.values() if isinstance(value, dict) else value
+        elif _is_helper(value):
+            found[id(value)] = vars(value), dict(vars(value))
+            waiting += vars(value).values()
+    return list(found.values())
+
+
+def _is_helper(value: Any) -> bool:
+    """A plain object that a model keeps its state in; configs are looked after elsewhere."""
+    home = type(value).__module__.partition(".")[0]
+    return hasattr(value, "__dict__") and not callable(value) and home not in ("torch", "builtins", "weakref", "types")
 
 
 def _replace_tensors(observer: Observer, prefix: str, module: nn.Module, made: dict[int, Tensor]) -> None:
@@ -569,6 +603,9 @@ def _replace_tensors(observer: Observer, prefix: str, module: nn.Module, made: d
                 made[id(tensor)] = _stand_in(observer, full, tensor, group is module._parameters)
             observer.found.aliases[full] = made[id(tensor)]._parameter  # type: ignore[attr-defined]
             group[name] = made[id(tensor)]  # type: ignore[assignment]
+    for name, value in list(vars(module).items()):
+        if isinstance(value, Tensor):
+            vars(module)[name] = value.detach().clone()  # no parameter and no buffer: a run may write into it
     if isinstance(module, nn.RNNBase):
         flat = [getattr(module, name, None) for name in module._flat_weights_names]
         vars(module)["_flat_weights"] = flat
@@ -636,6 +673,11 @@ def observe(model: nn.Module, batch: Batch) -> Observation:
     """
     import secateur.structure.rules  # noqa: F401  (fills the table)
 
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(
+                f"'{name or type(model).__name__}' is a TorchScript module; give the module it was made from"
+            )
     observer = Observer(model)
     pre = register_module_forward_pre_hook(observer.enter)
     post = register_module_forward_hook(lambda _, args, out: observer.leave(args, out), always_call=True)
@@ -651,7 +693,7 @@ def observe(model: nn.Module, batch: Batch) -> Observation:
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         raise ModelError(
-            f"{type(model).__name__} cannot be observed: it stopped in '{observer.module}' ({observer.name}): {reason}"
+            f"{type(model).__name__} cannot be observed: it stopped in '{observer.place}' ({observer.name}): {reason}"
         ) from error
     finally:
         traced.observers.remove(observer.constant)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from secateur.structure.traced import Expression, how
+from secateur.structure.traced import Expression, how, plain
 
 Sizes = list[Expression | None]
 Slices = list[tuple[Any, Any, Any]]
@@ -19,7 +19,7 @@ Finder = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Sizes | None, Slices]
 
 def _open(value: Any) -> Expression | None:
     """The expression of a size; None for -1, which torch fills in."""
-    if isinstance(value, torch.Tensor) or (isinstance(value, int) and value == -1):
+    if isinstance(value, torch.Tensor) or (isinstance(value, int) and plain(value) == -1):
         return None
     return how(value)
 

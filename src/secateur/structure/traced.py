@@ -128,6 +128,9 @@ class Number(int):
 
     __hash__ = int.__hash__
 
+    def __bool__(self) -> bool:
+        return not self.__eq__(0)
+
     def __pow__(self, other: Any, modulo: Any = None) -> Any:
         return _counted(self) ** other
 
@@ -137,8 +140,38 @@ class Number(int):
     def __rtruediv__(self, other: Any) -> Any:
         return other / _counted(self)
 
+    def __rpow__(self, other: Any, modulo: Any = None) -> Any:
+        return other ** _counted(self)
+
+    def __rmod__(self, other: Any) -> Any:
+        return _combined("%", other, self)
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return other // self, other % self
+
+    def __abs__(self) -> Any:
+        return self if int.__ge__(self, 0) else -self
+
     def __float__(self) -> float:
         return float(_counted(self))
+
+    def __int__(self) -> int:
+        return _counted(self)
+
+    def __round__(self, digits: Any = None) -> int:
+        return _counted(self)
+
+    def __rshift__(self, other: Any) -> Any:
+        return _counted(self) >> other
+
+    def __lshift__(self, other: Any) -> Any:
+        return _counted(self) << other
+
+    def __and__(self, other: Any) -> Any:
+        return _counted(self) & other
+
+    def __or__(self, other: Any) -> Any:
+        return _counted(self) | other
 
     def __deepcopy__(self, memo: Any) -> int:
         return plain(self)
@@ -167,7 +200,7 @@ def _counted(number: Number) -> int:
 
 
 def plain(number: int) -> int:
-    """The bare integer."""
+    """The bare integer, without anybody being told."""
     return int.__add__(number, 0)
 
 
@@ -250,11 +283,12 @@ def solve(
 
 def _inverse(symbol: str, value: int, other: int, left_open: bool) -> int | None:
     """The x in `x symbol other = value`, or in `other symbol x = value`; None if no integer fits."""
+    quotient = other // value if value else 0
     found: dict[str, int | None] = {
         "+": value - other,
         "-": value + other if left_open else other - value,
         "*": value // other if other and value % other == 0 else None,
         "==": other if value else None,
-        "//": value * other if left_open else other // value if value and other % value == 0 else None,
+        "//": value * other if left_open else quotient if quotient and other // quotient == value else None,
     }
     return found.get(symbol)

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from secateur.core import tags as t
 from secateur.core.errors import BudgetError
-from secateur.core.method import Batch, Decision, Group, Method, Protocol, Task
+from secateur.core.method import Decision, Group, Method, Protocol, Task
 from secateur.core.units import Site, UnitKind
+from secateur.data.batches import split_batch
 from secateur.scores.groups import Combine, group_scores
 from secateur.shrink.cut import tensors_of
 from secateur.shrink.structured import StructuredSettings, View, decide
@@ -98,7 +99,7 @@ def _per_weight(view: View, names: list[str], salience: Salience) -> dict[str, T
 
 def _mean_squares(view: View, names: list[str]) -> dict[str, Tensor]:
     """The mean over sequences of each sequence's squared gradient."""
-    sequences = [one for batch in view.task.batches for one in _singly(batch)]
+    sequences = [one for batch in view.task.batches for one in split_batch(batch)]
     sums: dict[str, Tensor] = {}
     for one in sequences:
         found = weight_gradients(view.model, [one], names, view.task.progress)
@@ -106,20 +107,6 @@ def _mean_squares(view: View, names: list[str]) -> dict[str, Tensor]:
             square = gradient.square_() / len(sequences)
             sums[name] = sums[name].add_(square) if name in sums else square
     return sums
-
-
-def _singly(batch: Batch) -> list[Batch]:
-    def pick(item: object, i: int) -> object:
-        return item[i : i + 1] if isinstance(item, Tensor) else item
-
-    return [
-        Batch(
-            tuple(pick(item, i) for item in batch.args),
-            {name: pick(item, i) for name, item in batch.kwargs.items()},
-            None if batch.target is None else batch.target[i : i + 1],
-        )
-        for i in range(batch.samples)
-    ]
 
 
 def in_blocks(model: nn.Module, settings: LLMPrunerSettings) -> list[str]:

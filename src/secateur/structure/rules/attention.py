@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from secateur.structure.dims import Dim, concat, factor, product, size
-from secateur.structure.observe import Observer
+from secateur.structure.observe import REPEATS, Observer
 from secateur.structure.table import Call, function
-from secateur.structure.traced import how
+from secateur.structure.traced import how, plain
 
 
 @function(F.scaled_dot_product_attention)
@@ -28,8 +28,10 @@ def scaled_dot_product(run: Observer, call: Call) -> None:
     for a, b, c in zip(queries[:-2], keys[:-2], values[:-2], strict=True):
         run.same(b, c)
         if size(a) != size(b) and size(b) > 1:  # enable_gqa: query head h uses key/value head h // repeats
-            groups, _ = factor(a, size(a) // size(b), run.reason("heads share keys and values"))
+            groups, repeats = factor(a, size(a) // size(b), run.reason("heads share keys and values"))
             run.same(groups, b)
+            for name in REPEATS:
+                run.require(run.attribute(name), repeats)
             batch.append(a)
         else:
             batch.append(a if size(b) == 1 else run.same(a, b))
@@ -66,7 +68,7 @@ def multi_head(run: Observer, call: Call) -> None:
             for dim in run.dims(tensor):
                 run.fix(dim, "separate key and value widths")
     width = query.shape[-1]
-    heads = int(given["num_heads"])
+    heads = plain(given["num_heads"])
     stream = run.dims(query)[-1]
     for dim in (*run.dims(query)[:-1], *run.dims(key)[:-1]):
         run.fix(dim, "positions attend to each other")
@@ -113,5 +115,5 @@ def _attended(
     run.set(out, [*run.dims(query)[:-1], stream])
     if not given.get("need_weights", True):
         return out, None
-    heads = () if given.get("average_attn_weights", True) else (int(given["num_heads"]),)
+    heads = () if given.get("average_attn_weights", True) else (plain(given["num_heads"]),)
     return out, run.make([*((batch,) if batched else ()), *heads, tokens, source], query)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from secateur.structure.dims import Dim, concat, cut, factor, size
 from secateur.structure.observe import Observer
 from secateur.structure.table import Call, operator
-from secateur.structure.traced import Number, Operation, how
+from secateur.structure.traced import Number, Operation, how, plain
 
 
 @operator("cat")
@@ -140,7 +140,7 @@ def _range(run: Observer, call: Call, dim: Dim, start: int, stop: int) -> Dim:
 
 def _bound(run: Observer, written: int, before: Dim, after: Dim) -> None:
     """An end of a slice: counted from the start, or from the end where it is negative."""
-    if int(written) < 0:
+    if plain(written) < 0:
         run.require(Operation("-", 0, how(written)) if isinstance(written, Number) else -written, after)
     else:
         run.require(how(written), before)

@@ -53,7 +53,7 @@ def product_dims(run: Observer, a: torch.Tensor, b: torch.Tensor) -> list[Dim]:
         x = left[position] if len(left) >= -position else 1
         y = right[position] if len(right) >= -position else 1
         batch.append(x if size(y) == 1 else y if size(x) == 1 else run.same(x, y))
-    if batch and not any(hasattr(t, "_parameter") for t in (a, b)):
+    if batch and a.dim() > 2 and b.dim() > 2 and not any(hasattr(t, "_parameter") for t in (a, b)):
         run.role("heads", batch[-1])
         run.role("head_dim", inner)
         run.role("head_dim", right[-1])

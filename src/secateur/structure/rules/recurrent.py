@@ -24,11 +24,11 @@ def recurrent(run: Observer, call: Call) -> None:
     has_bias, layers, _, _, bidirectional = call.args[3:8]
     states = list(hidden) if isinstance(hidden, (list, tuple)) else [hidden]
     directions = 2 if bidirectional else 1
-    per = len(weights) // (int(layers) * directions)
+    per = len(weights) // (layers * directions)
     *rows, inner = run.dims(x)
     for dim in rows:
         run.fix(dim, "the order of steps matters")
-    for layer in range(int(layers)):
+    for layer in range(layers):
         starts = [(layer * directions + direction) * per for direction in range(directions)]
         outs = [_cell(run, call.name, inner, rows, Weights(weights[s : s + per], has_bias)) for s in starts]
         for other in outs[1:]:

@@ -7,7 +7,7 @@ import torch
 from secateur.structure.dims import Axis, Dim, factor, product, size
 from secateur.structure.observe import Observer
 from secateur.structure.table import Call, function, operator
-from secateur.structure.traced import how
+from secateur.structure.traced import how, plain
 
 
 @operator("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy")
@@ -137,8 +137,8 @@ def repeat_interleave(run: Observer, call: Call) -> None:
             call.out = run.make(shape, x)
         return
     shape = list(x.shape)
-    shape[dim] *= int(times)
-    dims[dim] = product(dims[dim], run.created(int(times), how(times)))
+    shape[dim] *= plain(times)
+    dims[dim] = product(dims[dim], run.created(plain(times), how(times)))
     if call.out is None:
         call.out = run.make(shape, x)
     run.set(call.out, dims)
