@@ -410,6 +410,7 @@ def test_the_command_prints_a_table_and_takes_data(tmp_path, monkeypatch, capsys
 
 
 def test_the_command_asks_for_data_where_it_has_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("secateur.cli.commands.probe_for", lambda model: None)  # nothing can be made up either
     code, _, err = command(monkeypatch, capsys, "shrink_models:tower", tmp_path / "m.pt2")
     assert code == 2
     assert "has to be run once to be exported; give samples with --data" in err

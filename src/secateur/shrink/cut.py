@@ -251,6 +251,30 @@ def set_attributes(model: nn.Module, changes: list[AttributeChange]) -> Undo:
     return undo
 
 
+def odd_attributes(model: nn.Module, fresh: nn.Module) -> list[AttributeChange]:
+    """The integer attributes in which a model differs from one of the same form that was just built."""
+    others = dict(fresh.named_modules())
+    return [
+        change
+        for name, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        for change in _differences(name, attribute, value, getattr(others.get(name), attribute, value))
+    ]
+
+
+def _differences(module: str, attribute: str, value: Any, other: Any) -> list[AttributeChange]:
+    if type(value) is int and type(other) is int and value != other:
+        return [AttributeChange(module, attribute, value)]
+    if type(value) in (tuple, list) and type(other) is type(value) and len(value) == len(other):
+        pairs = enumerate(zip(value, other, strict=True))
+        return [
+            AttributeChange(module, attribute, a, index)
+            for index, (a, b) in pairs
+            if type(a) is int is type(b) and a != b
+        ]
+    return []
+
+
 def _owner(model: nn.Module, change: AttributeChange) -> Any:
     try:
         owner: Any = model.get_submodule(change.module)

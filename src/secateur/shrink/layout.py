@@ -51,9 +51,9 @@ def plain_config(model: Any, plan: Plan) -> Any | None:
 def _candidates(config: Any, plan: Plan) -> Iterator[Any]:
     sites = [plan.sites[name] for name in structured(plan) if not bool(plan.masks[name].all())]
     changed = copy.deepcopy(config)
-    for part in _parts(changed):
+    for part, dense in zip(_parts(changed), _parts(config), strict=True):
         for site in sites:
-            _tell(part, site, plan)
+            _tell(part, dense, site, plan)
     yield changed
 
 
@@ -63,25 +63,25 @@ def _parts(config: Any) -> list[Any]:
     return [config, *inner]
 
 
-def _tell(config: Any, site: Site, plan: Plan) -> None:
-    """Give the config the number of units that one site keeps, where it has the old number."""
+def _tell(config: Any, dense: Any, site: Site, plan: Plan) -> None:
+    """Give the config the number of units that one site keeps, where the dense one has the old number."""
     kept = plan.kept(site.name)
     for field in FIELDS.get(site.kind, ()):
-        if getattr(config, field, None) == site.units:
+        if getattr(dense, field, None) == site.units:
             if site.kind in (UnitKind.HEAD, UnitKind.KV_GROUP):
-                _spell_out_head_dim(config)
+                _spell_out_head_dim(config, dense)
             setattr(config, field, kept)
     if site.kind is UnitKind.KV_GROUP:
-        heads = getattr(config, "num_attention_heads", 0)
+        heads = getattr(dense, "num_attention_heads", 0)
         if heads and heads % site.units == 0:
             config.num_attention_heads = heads // site.units * kept
-    if site.kind is UnitKind.HEAD and getattr(config, "num_key_value_heads", None) == site.units:
+    if site.kind is UnitKind.HEAD and getattr(dense, "num_key_value_heads", None) == site.units:
         config.num_key_value_heads = kept
 
 
-def _spell_out_head_dim(config: Any) -> None:
+def _spell_out_head_dim(config: Any, dense: Any) -> None:
     """Without this, a config would compute the head width from the new number of heads."""
-    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    heads, width = getattr(dense, "num_attention_heads", None), getattr(dense, "hidden_size", None)
     if hasattr(config, "head_dim") and not config.head_dim and heads and width:
         config.head_dim = width // heads
 

@@ -121,12 +121,13 @@ def load_uneven(folder: Path) -> nn.Module:
     Raises:
         ModelError: damaged files, or names and shapes that differ.
     """
-    shapes = read_config(folder / OWN, CARD).get("shapes", {})
+    card = read_config(folder / OWN, CARD)
+    shapes, attributes = card.get("shapes", {}), card.get("attributes", [])
 
     def cut_again(plain: type) -> type:
         def build(self: Any, *args: Any, **kwargs: Any) -> None:
             plain.__init__(self, *args, **kwargs)  # type: ignore[misc]
-            replay(self, folder)
+            set_attributes(self, [AttributeChange(**change) for change in attributes])
             resized(self, shapes)
 
         return type(plain.__name__, (plain,), {"__init__": build, "__module__": plain.__module__})

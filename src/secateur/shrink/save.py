@@ -17,12 +17,13 @@ from secateur.core.plan import Plan, versions
 from secateur.core.units import UnitKind
 from secateur.data.probe import probe_for
 from secateur.data.running import device_of, evaluating, logits
-from secateur.shrink.cut import structured
+from secateur.shrink.cut import odd_attributes, structured
 from secateur.shrink.depth import kept_list
 from secateur.shrink.folder import BUFFERS, CARD, OWN, WEIGHTS, carry_companions, quiet_transformers
 from secateur.shrink.layout import plain_config, runtimes
 from secateur.shrink.load import layout_of_folder, load, steps_of
 from secateur.shrink.remote import write_model_code
+from secateur.shrink.verify import difference
 
 TOLERANCE = 1e-5
 
@@ -140,16 +141,16 @@ def _save_transformers(
             model.config = dense
         return "plain"
     _save_pretrained(model, folder, plan, source)
-    changes = [change for step in card["steps"] for change in step.get("cut", [])]
-    card["shapes"] = _odd_shapes(model)
-    write_model_code(folder, type(model).__name__, changes, card["shapes"], _cut_buffers(model, plan))
+    with torch.device("meta"):
+        fresh = type(model)(model.config)
+    card["shapes"] = _odd_shapes(model, fresh)
+    card["attributes"] = [change.to_json() for change in odd_attributes(model, fresh)]
+    write_model_code(folder, type(model).__name__, card["attributes"], card["shapes"], _cut_buffers(model, plan))
     return "uneven"
 
 
-def _odd_shapes(model: Any) -> dict[str, list[int]]:
+def _odd_shapes(model: nn.Module, fresh: nn.Module) -> dict[str, list[int]]:
     """The parameters and buffers that the config would build with other shapes."""
-    with torch.device("meta"):
-        fresh = type(model)(model.config)
     plain = dict(fresh.named_parameters()) | dict(fresh.named_buffers())
     mine = {**dict(model.named_parameters()), **_stored_buffers(model)}
     return {name: list(tensor.shape) for name, tensor in mine.items() if plain[name].shape != tensor.shape}
@@ -226,9 +227,7 @@ def _logit_gap(model: nn.Module, again: nn.Module, probe: Batch) -> float:
         expected, found = logits(model, probe).float(), logits(again, probe).float()
     except DataError:
         return 0.0  # it answers with something else than logits; its tensors have been compared
-    if expected.shape != found.shape:
-        return float("inf")
-    return _gap(expected, found)
+    return difference(expected, found)
 
 
 def _gap(expected: Tensor, found: Tensor) -> float:

@@ -26,6 +26,7 @@ from secateur.measure.table import LatencyTable
 from secateur.shrink.cut import STRUCTURED, install, make_cut
 from secateur.structure.analysis import Structure, analyse
 
+HEADER_ENTRY = 64  # bytes for dtype, shape and offsets of one tensor in a safetensors file, about
 AIMS, LATENCY_TOLERANCE = 5, 0.05
 DEFAULT_KINDS = (UnitKind.CHANNEL, UnitKind.NEURON, UnitKind.HEAD, UnitKind.KV_GROUP)
 
@@ -214,8 +215,7 @@ class Work:
             case Quantity.FLOPS:
                 return self.structure.flops
             case Quantity.BYTES:
-                size = max(parameter.element_size() for parameter in self.task.model.parameters())
-                return lambda counts: self.structure.parameters(counts) * size
+                return self._file_cost()
             case Quantity.MILLISECONDS:
                 progress = self.task.progress
                 return LatencyTable.build(self.task.model, self.structure, self.example, progress=progress).milliseconds
@@ -225,6 +225,14 @@ class Work:
                 )
             case _:
                 return None
+
+    def _file_cost(self) -> Cost:
+        """Bytes of the safetensors file: everything in the state dict once, and the header."""
+        known = self.structure.observation.tensors
+        stored = self.task.model.state_dict()
+        sizes = {name: tensor.element_size() for name, tensor in stored.items() if name in known}
+        header = 8 + sum(len(name) + HEADER_ENTRY for name in sizes)
+        return lambda counts: float(header + self.structure.bytes(counts, sizes))
 
     @cached_property
     def widths(self) -> Widths:

@@ -97,6 +97,12 @@ class Structure:
         """Parameters of the whole model when every named site keeps that many units."""
         return self._arithmetic.parameters(self.kept(counts))
 
+    def bytes(self, counts: Mapping[str, int], sizes: Mapping[str, int]) -> int:
+        """Bytes of the tensors named in `sizes` (bytes of one element), for the same counts."""
+        kept = self.kept(counts)
+        tensors = self.observation.tensors
+        return sum(size * prod(count(dim, kept) for dim in tensors[name]) for name, size in sizes.items())
+
     def flops(self, counts: Mapping[str, int]) -> float:
         """FLOPs of the observed run (multiply-add = 2), for the same counts."""
         return self._arithmetic.flops(self.kept(counts))
@@ -349,6 +355,7 @@ def analyse(model: nn.Module, batch: Batch) -> Structure:
             idle = all(place.parameter not in observation.used for place in places)
             what = f"'{places[0].parameter}' takes" if idle else f"these units of '{places[0].parameter}' take"
             freeze(axis, f"{what} no part in the run")
+    _freeze_other_ways(observation, roots)
     structure = Structure(observation)
     free = {axis: places for axis, places in roots.items() if axis.frozen is None}
     _describe(model, structure, {a: p for a, p in free.items() if _has_parameter(observation, p)})
@@ -358,6 +365,21 @@ def analyse(model: nn.Module, batch: Batch) -> Structure:
         if axis.frozen is not None and _has_parameter(observation, places)
     ]
     return structure
+
+
+def _freeze_other_ways(observation: Observation, roots: dict[Axis, list[Occurrence]]) -> None:
+    """Where values decide what runs, weights that did not run may read what would be cut: their sizes stay."""
+    idle: dict[int, str] = {}
+    for name in observation.parameters - observation.used:
+        dims = observation.tensors[name]
+        under = any(name.startswith(f"{module}." if module else "") for module in observation.branches)
+        if under and len(dims) > 1:
+            idle |= dict.fromkeys(map(size, dims), name)
+    for axis, places in roots.items():
+        for place in places if idle else ():
+            other = idle.get(size(observation.tensors[place.parameter][place.dim]))
+            if other is not None:
+                freeze(axis, f"values decide what runs, and '{other}', which has its size, did not")
 
 
 def _active(observation: Observation) -> set[Axis]:

@@ -85,6 +85,7 @@ class Observation:
         used: parameters that took part.
         roles: what operators make of dimensions (heads, ...), and where.
         multiples: dimensions that a kernel takes in multiples only.
+        branches: modules whose code read a value, by which it may have taken a way.
         residual: modules that add their input to what they compute, in order of their end.
         minimums: axis -> the smallest count at which comparisons in the code come out as they did.
     """
@@ -102,6 +103,7 @@ class Observation:
     roles: list[tuple[str, Dim, str]] = field(default_factory=list)
     multiples: list[tuple[Dim, int]] = field(default_factory=list)
     residual: list[str] = field(default_factory=list)
+    branches: list[str] = field(default_factory=list)
     minimums: dict[Axis, int] = field(default_factory=dict)
 
 
@@ -348,6 +350,8 @@ class Observer:
         symbolic = any(tensor.is_meta for tensor in tensors)
         if kwargs.get("device") is not None:
             kwargs = kwargs | {"device": torch.device("meta") if symbolic else self.device}
+        if name in READS:
+            return self._read(func, name, args)
         if not symbolic:
             call.out = func(*args, **kwargs)
             if not (self.sizes or any(hasattr(tensor, "_axes") for tensor in tensors)):
@@ -362,14 +366,28 @@ class Observer:
             self.unknown(call)
         return call.out
 
+    def _read(self, func: Any, name: str, args: tuple[Any, ...]) -> Any:
+        """Python asks for a value: a branch may depend on it."""
+        x = args[0]
+        if x.dtype == torch.bool or x.is_floating_point() or name != "aten::_local_scalar_dense":
+            self.found.branches.append(self.module)
+        if not any(item.is_meta for item in args if isinstance(item, Tensor)):
+            return func(*args)
+        if x.dtype == torch.bool or name != "aten::_local_scalar_dense":
+            return False  # checks such as isnan(x).any(): the usual branch
+        self.name = name
+        where = self.reason("a value is read")
+        raise ModelError(
+            f"{type(self.model).__name__} cannot be observed without computing values: {where}; "
+            "its structure depends on the data"
+        )
+
     def _without_values(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         made = OUTPUTS[name](args) if name in OUTPUTS and not kwargs else None
         if made is not None:
             return made
         if name in INVENTED:
             return INVENTED[name](self, func, args, kwargs)
-        if name in ("aten::equal", "aten::is_nonzero"):
-            return False
         try:
             return func(*_to_meta(args), **{key: _to_meta((value,))[0] for key, value in kwargs.items()})
         except (RuntimeError, NotImplementedError, TypeError) as error:
@@ -469,16 +487,6 @@ def _invent_index(run: Observer, func: Any, args: tuple[Any, ...], kwargs: dict[
     return _ranks(n, tuple(out.shape), run.device)
 
 
-def _invent_scalar(run: Observer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if args[0].dtype == torch.bool:
-        return False  # checks such as isnan(x).any(): the usual branch
-    run.name = func._schema.name
-    raise ModelError(
-        f"{type(run.model).__name__} cannot be observed without computing values: {run.reason('a value is read')}; "
-        "its structure depends on the data"
-    )
-
-
 def _invent_nonzero(run: Observer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(torch.ones(args[0].shape, dtype=torch.bool, device=run.device))
 
@@ -488,6 +496,7 @@ def _invent_grouped(run: Observer, func: Any, args: tuple[Any, ...], kwargs: dic
     return run.make([args[0].shape[0], args[1].shape[-1]], args[0])
 
 
+READS = ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero")
 INVENTED: dict[str, Callable[..., Any]] = {
     "aten::topk": _invent_ranking,
     "aten::sort": _invent_ranking,
@@ -496,7 +505,6 @@ INVENTED: dict[str, Callable[..., Any]] = {
     "aten::argsort": _invent_index,
     "aten::_grouped_mm": _invent_grouped,
     "aten::nonzero": _invent_nonzero,
-    "aten::_local_scalar_dense": _invent_scalar,
 }
 
 
