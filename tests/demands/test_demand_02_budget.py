@@ -56,13 +56,8 @@ def recounted(quantity, found, x, plan, folder):
     return flops(found.model, x) if quantity == "flops" else file_bytes(found, plan, folder)
 
 
-WITH_BUFFERS = pytest.mark.xfail(strict=True, reason="bytes are those of parameters: buffers and names come on top")
 CASES = [
-    pytest.param(
-        *(name, quantity, whole),
-        marks=WITH_BUFFERS if (name, quantity, whole) == ("zoo:digits-resnet", "bytes", True) else (),
-        id=f"{name}-{quantity}-{'amount' if whole else 'share'}",
-    )
+    pytest.param(name, quantity, whole, id=f"{name}-{quantity}-{'amount' if whole else 'share'}")
     for name in MODELS
     for quantity in ("parameters", "flops", "bytes")
     for whole in (False, True)
@@ -85,7 +80,6 @@ def test_what_was_asked_is_there_when_others_count(name, quantity, whole, tmp_pa
             assert left <= share * dense
 
 
-@pytest.mark.xfail(strict=True, reason="every parameter counts with the bytes of the widest one")
 def test_bytes_are_those_of_each_parameter_s_own_dtype(tmp_path):
     layers = [nn.Linear(64, 256, dtype=torch.bfloat16), nn.ReLU(), nn.Linear(256, 64, dtype=torch.bfloat16)]
     model, x = nn.Sequential(*layers, Widen(), nn.Linear(64, 4)), torch.rand(2, 64, dtype=torch.bfloat16)

@@ -140,7 +140,7 @@ def no_more_than_ten(nodes: list[Node]) -> tuple[Node, ...]:
     return tuple(node for i, node in enumerate(nodes) if size(tuple(nodes[: i + 1])) <= 10)
 
 
-LEAF = st.builds(Node, st.sampled_from(LEAVES), SEEDS)
+LEAF = st.builds(Node, st.sampled_from(LEAVES), SEEDS, st.just(()))  # Hypothesis would fill in any nodes as branches
 INSIDE = st.one_of(LEAF, LEAF, branched(LEAF))
 NODES = st.one_of(LEAF, LEAF, LEAF, branched(INSIDE))
 GRAPHS = st.builds(

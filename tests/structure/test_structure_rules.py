@@ -664,19 +664,7 @@ case(
 )
 
 
-WRONG = {
-    "embedding with positions": "positions that the run does not reach are offered as units",
-    "matrix by hand": "a product with a transposed parameter is taken for attention: its units are called head_dim",
-    "lstm": "hidden units are named after the layer that reads them",
-    "gru in two directions": "hidden units are named after the layer that reads them",
-}
-MARKED = [
-    pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=WRONG[name])) if name in WRONG else name
-    for name in CASES
-]
-
-
-@pytest.mark.parametrize("name", MARKED)
+@pytest.mark.parametrize("name", CASES)
 def test_the_groups_are_those_written_by_hand(name):
     torch.manual_seed(0)
     make, x, expected = CASES[name]
