@@ -179,7 +179,11 @@ class Observer:
             ModelError: they have different sizes; the model does not take these inputs.
         """
         if size(a) != size(b):
-            raise ModelError(f"sizes {size(a)} and {size(b)} do not fit: {self.reason('stopped')}")
+            operator = self.name.removeprefix("aten::")
+            raise ModelError(
+                f"{type(self.model).__name__} cannot be observed: it stopped in '{self.place}' ({operator}): sizes "
+                f"{size(a)} and {size(b)} do not fit; give inputs of the shape that the model takes"
+            )
         unify(a, b, self.reason(why))
         return resolve(a)
 
@@ -598,7 +602,7 @@ def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
 def _is_helper(value: Any) -> bool:
     """A plain object that a model keeps its state in; configs are looked after elsewhere."""
     home = type(value).__module__.partition(".")[0]
-    return hasattr(value, "__dict__") and not callable(value) and home not in ("torch", "builtins", "weakref", "types")
+    return hasattr(value, "__dict__") and not callable(value) and home not in ("torch", "builtins", "weakref")
 
 
 def _replace_tensors(observer: Observer, prefix: str, module: nn.Module, made: dict[int, Tensor]) -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from secateur.structure.dims import Dim, concat, factor, product, size
 from secateur.structure.observe import REPEATS, Observer
 from secateur.structure.table import Call, function
-from secateur.structure.traced import how, plain
+from secateur.structure.traced import Slot, how, plain
 
 
 @function(F.scaled_dot_product_attention)
@@ -34,6 +34,8 @@ def scaled_dot_product(run: Observer, call: Call) -> None:
                 run.require(run.attribute(name), repeats)
             batch.append(a)
         else:
+            if size(b) == 1:
+                _shared_by_all(run, a)
             batch.append(a if size(b) == 1 else run.same(a, b))
     if mask is not None:
         _mask(run, mask, [*batch, queries[-2], keys[-2]])
@@ -47,6 +49,14 @@ def scaled_dot_product(run: Observer, call: Call) -> None:
     run.set(call.out, [*run.dims(q)[:-1], values[-1]])
     run.multiply(1, *batch, queries[-2], keys[-2], inner)
     run.multiply(1, *batch, queries[-2], keys[-2], values[-1])
+
+
+def _shared_by_all(run: Observer, heads: Dim) -> None:
+    """One key for all queries: the number of repeats is the number of heads."""
+    for name in REPEATS:
+        expression = run.attribute(name)
+        if isinstance(expression, Slot) and expression.value == size(heads):
+            run.require(expression, heads)
 
 
 def _mask(run: Observer, mask: torch.Tensor, dims: list[Dim]) -> None:
