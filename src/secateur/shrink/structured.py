@@ -50,6 +50,9 @@ class StructuredSettings(Settings):
     normalise: Normalise = Field(Normalise.MEAN, description="scale of a site's scores in a common ranking")
     multiple: int = Field(8, ge=1, description="keep widths at multiples of this where a site is 8 times as wide")
     layout: Shape = Field(Shape.FREE, description="uniform: equal sites keep equal numbers, as plain configs ask")
+    within_groups: bool = Field(
+        False, description="also thin out the groups of grouped convolutions and norms, not only remove whole ones"
+    )
     largest_cut: float = Field(0.9, gt=0, le=1, description="largest share of a site's units that may go")
     steps: int = Field(1, ge=1, description="prune in this many steps, scoring the smaller model again after each")
     shares: str = Field(
@@ -122,6 +125,7 @@ def wanted_sites(
         grouped = (
             kinds is None and site.kind is UnitKind.HEAD and f"{name.rpartition(':')[0]}:kv_group" in structure.sites
         )
+        grouped |= not settings.within_groups and name in structure.within
         if own_kind and not grouped and _allowed(site, task) and (only is None or only(site)):
             found[name] = site
     if not found:

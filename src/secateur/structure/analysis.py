@@ -57,6 +57,7 @@ class Structure:
         axes: name -> axis, the same keys.
         frozen: what cannot go and why, one entry for each axis, at its first occurrence.
         minimums: name -> the smallest number of kept units at which the code does what it was seen to do.
+        within: sites of channels inside the groups of convolutions and norms -> the site of these groups.
         multiples: name -> what the number of kept units must be a multiple of, where a kernel asks for it.
     """
 
@@ -66,6 +67,7 @@ class Structure:
     frozen: list[Frozen] = field(default_factory=list)
     multiples: dict[str, int] = field(default_factory=dict)
     minimums: dict[str, int] = field(default_factory=dict)
+    within: dict[str, str] = field(default_factory=dict)
 
     @property
     def unknown(self) -> list[tuple[str, str, str]]:
@@ -452,6 +454,11 @@ def _describe(model: nn.Module, structure: Structure, free: dict[Axis, list[Occu
         if axis in multiples:
             structure.multiples[unique] = multiples[axis]
         structure.sites[unique] = Site(unique, kind, (axis.size,), cost=marginal[axis], occurrences=tuple(places))
+    names = {axis: name for name, axis in structure.axes.items()}
+    for outer, inner in structure.observation.grouped:
+        around = next((names[axis] for axis in axes(outer) if axis in names), None)
+        inside = [names[axis] for axis in axes(inner) if axis in names] if around else []
+        structure.within |= {name: around for name in inside if around and name != around}
     if not structure.sites and not everything:
         raise ModelError(
             f"{type(model).__name__} has no parameters that could be cut (quantised modules keep theirs packed)"

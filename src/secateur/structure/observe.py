@@ -86,6 +86,7 @@ class Observation:
         roles: what operators make of dimensions (heads, ...), and where.
         multiples: dimensions that a kernel takes in multiples only.
         branches: modules whose code read a value, by which it may have taken a way.
+        grouped: (groups, channels in each) of grouped convolutions and norms.
         residual: modules that add their input to what they compute, in order of their end.
         minimums: axis -> the smallest count at which comparisons in the code come out as they did.
     """
@@ -104,6 +105,7 @@ class Observation:
     multiples: list[tuple[Dim, int]] = field(default_factory=list)
     residual: list[str] = field(default_factory=list)
     branches: list[str] = field(default_factory=list)
+    grouped: list[tuple[Dim, Dim]] = field(default_factory=list)
     minimums: dict[Axis, int] = field(default_factory=dict)
 
 
@@ -336,6 +338,11 @@ class Observer:
         if shares and isinstance(expression, Operation) and 1 in (expression.left, expression.right):
             return
         self.found.requirements.append(Requirement(expression, value, self.reason("the size itself is computed with")))
+
+    def grouped(self, outer: Dim, inner: Dim) -> None:
+        """Channels come in groups."""
+        if not isinstance(outer, int) and not isinstance(inner, int):
+            self.found.grouped.append((outer, inner))
 
     def aligned(self, dim: Dim, multiple: int) -> None:
         """A kernel takes this dimension in multiples only."""

@@ -92,6 +92,7 @@ def group_norm(run: Observer, call: Call) -> None:
         dims[1] = run.same(dims[1], run.dims(other)[0])
     outer, inner = factor(dims[1], size(dims[1]) // groups, run.reason("groups of channels are normalised together"))
     run.require(call.sizes[0] if call.sizes else groups, outer)
+    run.grouped(outer, inner)
     for dim in dims[2:]:
         run.fix(dim, "positions are averaged")
     run.statistic([inner], [x])

@@ -173,8 +173,10 @@ def _grouped(run: Observer, channels: Dim, rows: Dim, columns: Dim, groups: int)
     """(groups, in) channels and (groups, out) results; the groups are one axis."""
     why = run.reason("groups of channels")
     outer, inner = factor(channels, size(channels) // groups, why)
+    run.grouped(outer, inner)
     run.same(inner, columns)
-    rows_outer, _ = factor(rows, size(rows) // groups, why)
+    rows_outer, rows_inner = factor(rows, size(rows) // groups, why)
+    run.grouped(outer, rows_inner)
     run.same(outer, rows_outer)
     return rows
 
