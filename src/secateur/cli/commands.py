@@ -26,7 +26,7 @@ from secateur.report import Record, write
 from secateur.report.lanes import write_structure
 from secateur.shrink.apply import apply_ as apply_to
 from secateur.shrink.export import ExportReport, export
-from secateur.shrink.folder import OWN
+from secateur.shrink.folder import CARD, OWN, read_config
 from secateur.shrink.fuse import fuse_
 from secateur.shrink.save import save
 
@@ -81,10 +81,18 @@ def _print_plan(plan: Plan, json: bool) -> None:
 def _print_result(record: Record | None, out: Path) -> None:
     if record is None:
         show.say(f"saved in {out}; without data nothing could be measured, so there is no report (add --data)")
+        show.say(_loads(out))
         return
     show.table(record.title, ["", "before", "after"], result_rows(record))
     show.warn(record.warnings)
     show.say(f"saved in {out}, reloaded and compared; report: {out / job.PAGE}")
+    show.say(_loads(out))
+
+
+def _loads(out: Path) -> str:
+    """Which runtimes take the folder."""
+    card = read_config(out / OWN, CARD)
+    return "loads in: " + "; ".join(f"{runtime} ({how})" for runtime, how in card["runtimes"].items())
 
 
 def result_rows(record: Record) -> list[list[str]]:

@@ -32,8 +32,6 @@ FIELDS: dict[UnitKind, tuple[str, ...]] = {
 }
 """Kinds of unit -> the names that configs give to their number."""
 
-RUNTIMES = ("transformers", "vLLM", "llama.cpp", "ONNX")
-
 
 def plain_config(model: Any, plan: Plan) -> Any | None:
     """A config whose plain model has exactly the cut model's shapes and sizes; None if there is none.
@@ -109,6 +107,9 @@ def _has(model: nn.Module, change: AttributeChange) -> bool:
     return bool(value == change.value)
 
 
+EXPORTED = "by `secateur export`"
+
+
 def runtimes(kind: str, layout: str) -> dict[str, str]:
     """Who takes the folder, in a few words each.
 
@@ -117,20 +118,15 @@ def runtimes(kind: str, layout: str) -> dict[str, str]:
         layout: `plain` (the config says all widths) or `uneven`.
     """
     if kind != "transformers":
-        loads = "secateur.load with the factory; export with `secateur export`"
-        return {
-            "transformers": "no",
-            "vLLM": "no",
-            "llama.cpp": "no",
-            "ONNX": "yes, by `secateur export`",
-            "loads": loads,
-        }
+        return {"secateur.load": "yes, with its factory", "ONNX": EXPORTED}
     if layout == "plain":
-        yes = "yes, plain from_pretrained"
-        return {"transformers": yes, "vLLM": "yes", "llama.cpp": "yes, after its own conversion", "ONNX": "yes"}
+        served = "if it knows the architecture"
+        return {"transformers": "plain from_pretrained", "vLLM": served, "llama.cpp": served, "ONNX": EXPORTED}
+    refused = "no, the config cannot say these widths; prune with layout=uniform"
     return {
-        "transformers": "with trust_remote_code, or secateur.load",
-        "vLLM": "no: widths differ between layers or from what the config can say; prune with layout=uniform",
-        "llama.cpp": "no: widths differ between layers or from what the config can say; prune with layout=uniform",
-        "ONNX": "yes, by `secateur export`",
+        "secateur.load": "yes",
+        "transformers": "with trust_remote_code",
+        "vLLM": refused,
+        "llama.cpp": refused,
+        "ONNX": EXPORTED,
     }
