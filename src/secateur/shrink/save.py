@@ -10,20 +10,21 @@ import torch
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
-from secateur.core.errors import DataError, OutputError, SecateurError
+from secateur.core.errors import OutputError, SecateurError
 from secateur.core.files import check_free, whole_folder, write_json
 from secateur.core.method import Batch
 from secateur.core.plan import Plan, versions
 from secateur.core.units import UnitKind
+from secateur.data.batches import run
 from secateur.data.probe import probe_for
-from secateur.data.running import device_of, evaluating, logits
+from secateur.data.running import device_of, evaluating
 from secateur.shrink.cut import odd_attributes, structured
 from secateur.shrink.depth import kept_list
 from secateur.shrink.folder import BUFFERS, CARD, OWN, WEIGHTS, carry_companions, quiet_transformers
 from secateur.shrink.layout import plain_config, runtimes
-from secateur.shrink.load import layout_of_folder, load, steps_of
+from secateur.shrink.load import layout_of_folder, load, read_tensors, steps_of
 from secateur.shrink.remote import write_model_code
-from secateur.shrink.verify import difference
+from secateur.shrink.verify import difference, float_tensors
 
 TOLERANCE = 1e-5
 
@@ -76,7 +77,7 @@ def save(
         else:
             save_model(model, str(temporary / WEIGHTS))
         card["runtimes"] = runtimes(card["kind"], card["layout"])
-        if buffers := _cut_buffers(model, plan):
+        if buffers := _cut_buffers(model, plan, source):
             save_file(buffers, own / BUFFERS)
         write_json(own / CARD, card)
         if verify:
@@ -112,12 +113,15 @@ def _steps(plan: Plan) -> list[dict[str, Any]]:
     return [*found, {"blocks": now}] if now else found
 
 
-def _cut_buffers(model: nn.Module, plan: Plan | None) -> dict[str, Tensor]:
-    """Buffers that were cut and that no state dict holds, such as rotary frequencies."""
+def _cut_buffers(model: nn.Module, plan: Plan | None, source: str | Path | None) -> dict[str, Tensor]:
+    """Buffers that were cut, now or before, and that no state dict holds, such as rotary frequencies."""
     stored = model.state_dict().keys()
     touched = (
         {place.parameter for name in structured(plan) for place in plan.sites[name].occurrences} if plan else set()
     )
+    earlier = Path(source) / OWN / BUFFERS if source else None
+    if earlier is not None and earlier.exists():
+        touched |= read_tensors(earlier).keys()
     found = {name: buffer for name, buffer in model.named_buffers() if name in touched and name not in stored}
     return {name: buffer.detach().cpu().clone() for name, buffer in found.items()}
 
@@ -145,7 +149,9 @@ def _save_transformers(
         fresh = type(model)(model.config)
     card["shapes"] = _odd_shapes(model, fresh)
     card["attributes"] = [change.to_json() for change in odd_attributes(model, fresh)]
-    write_model_code(folder, type(model).__name__, card["attributes"], card["shapes"], _cut_buffers(model, plan))
+    write_model_code(
+        folder, type(model).__name__, card["attributes"], card["shapes"], _cut_buffers(model, plan, source)
+    )
     return "uneven"
 
 
@@ -223,11 +229,11 @@ def _cast_buffer(model: nn.Module, again: nn.Module) -> str:
 
 
 def _logit_gap(model: nn.Module, again: nn.Module, probe: Batch) -> float:
-    try:
-        expected, found = logits(model, probe).float(), logits(again, probe).float()
-    except DataError:
-        return 0.0  # it answers with something else than logits; its tensors have been compared
-    return difference(expected, found)
+    moved = probe.to(device_of(model))
+    expected, found = float_tensors(run(model, moved)), float_tensors(run(again, moved))
+    if len(expected) != len(found):
+        return float("inf")
+    return max((difference(a, b) for a, b in zip(expected, found, strict=True)), default=0.0)
 
 
 def _gap(expected: Tensor, found: Tensor) -> float:

@@ -25,6 +25,8 @@ from secateur.measure.latency import latency
 from secateur.measure.table import LatencyTable
 from secateur.shrink.cut import STRUCTURED, install, make_cut
 from secateur.structure.analysis import Structure, analyse
+from secateur.structure.kinds import OUT_DIM
+from secateur.structure.layers import layout_of
 
 HEADER_ENTRY = 64  # bytes for dtype, shape and offsets of one tensor in a safetensors file, about
 AIMS, LATENCY_TOLERANCE = 5, 0.05
@@ -103,6 +105,26 @@ class View:
 
 Criterion = Callable[[View], dict[str, Tensor]]
 Filter = Callable[[Site], bool]
+
+
+class Members(StrEnum):
+    """Whose weights count for a unit."""
+
+    ALL = "all"
+    PRODUCERS = "producers"  # of the layers that make it
+
+
+def weight_places(view: View, members: Members = Members.ALL, biases: bool = False) -> set[tuple[str, int]]:
+    """The (parameter, dimension) pairs of linear and convolution layers in which a view's units stand."""
+    layouts = {name: layout_of(module) for name, module in view.model.named_modules()}
+    found = set()
+    for site in view.sites.values():
+        for place in site.occurrences:
+            layout, bias = layouts.get(place.parameter.rpartition(".")[0]), place.parameter.endswith("bias")
+            made = bias or members is Members.ALL or (layout is not None and place.dim == OUT_DIM[layout])
+            if layout is not None and made and (biases or not bias):
+                found.add((place.parameter, place.dim))
+    return found
 
 
 def modules_of(site: Site) -> list[str]:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from math import prod
-from typing import Any
 
 from torch import nn
 
@@ -129,7 +128,6 @@ class Arithmetic:
     """Parameters and FLOPs as functions of kept units, with what never changes added up once."""
 
     def __init__(self, observation: Observation) -> None:
-        self.observation = observation
         self.parameter_shapes = [tuple(map(resolve, observation.tensors[name])) for name in observation.parameters]
         self.products = [(one.factor, tuple(map(resolve, one.dims))) for one in observation.products]
 
@@ -475,8 +473,3 @@ def _marginal_costs(observation: Observation, free: Iterable[Axis]) -> dict[Axis
             if axis in costs:
                 costs[axis] += total - prod(count(dim, {axis: axis.size - 1}) for dim in dims)
     return costs
-
-
-def mask_counts(masks: Mapping[str, Any]) -> dict[str, int]:
-    """Kept units by site, from keep-masks."""
-    return {name: int(mask.sum()) for name, mask in masks.items()}

@@ -28,7 +28,7 @@ def kinds_of(
 
 def _roles(observation: Observation) -> dict[Axis, set[str]]:
     found: dict[Axis, set[str]] = defaultdict(set)
-    for role, dim, _ in observation.roles:
+    for role, dim in observation.roles:
         dim = resolve(dim)
         shared = role == "heads" and isinstance(dim, Product)
         for position, axis in enumerate(axes(dim)):

@@ -83,7 +83,7 @@ class Observation:
         results: call number -> dimensions of the float tensors it returned.
         unknown: (module, operator) without a rule.
         used: parameters that took part.
-        roles: what operators make of dimensions (heads, ...), and where.
+        roles: what operators make of dimensions (heads, ...).
         multiples: dimensions that a kernel takes in multiples only.
         branches: modules whose code read a value, by which it may have taken a way.
         grouped: (groups, channels in each) of grouped convolutions and norms.
@@ -98,10 +98,9 @@ class Observation:
     products: list[Product] = field(default_factory=list)
     statistics: dict[int, list[Statistic]] = field(default_factory=dict)
     results: dict[int, tuple[tuple[Dim, ...] | None, ...]] = field(default_factory=dict)
-    calls: dict[int, str] = field(default_factory=dict)
     unknown: dict[tuple[str, str], str] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
-    roles: list[tuple[str, Dim, str]] = field(default_factory=list)
+    roles: list[tuple[str, Dim]] = field(default_factory=list)
     multiples: list[tuple[Dim, int]] = field(default_factory=list)
     residual: list[str] = field(default_factory=list)
     branches: list[str] = field(default_factory=list)
@@ -237,7 +236,7 @@ class Observer:
     def role(self, kind: str, dim: Dim) -> None:
         """Remember what an operator makes of a dimension, e.g. attention heads."""
         if not isinstance(dim, int):
-            self.found.roles.append((kind, dim, self.module))
+            self.found.roles.append((kind, dim))
 
     def make(self, shape: tuple[int, ...] | list[int], like: Tensor) -> Tensor:
         """An empty result of a function rule."""
@@ -268,7 +267,7 @@ class Observer:
         self.function = getattr(func, "__name__", "function")
         rule = FUNCTIONS.get(func)
         if rule is not None:
-            return self._remember(func, self._by_function_rule(rule, func, args, kwargs))
+            return self._remember(self._by_function_rule(rule, func, args, kwargs))
         if _has_number((*args, *kwargs.values())):
             known = sizes_of(func, args, kwargs)
             if known is None:
@@ -280,11 +279,11 @@ class Observer:
             if known is not None:
                 self.sizes, self.slices = known
         try:
-            return self._remember(func, func(*args, **kwargs))
+            return self._remember(func(*args, **kwargs))
         finally:
             self.sizes, self.slices = None, []
 
-    def _remember(self, func: Callable[..., Any], out: Any) -> Any:
+    def _remember(self, out: Any) -> Any:
         """Only calls that return tensors are numbered: others depend on the device and on caches."""
         tensors = out if isinstance(out, (list, tuple)) else (out,)
         if not any(isinstance(item, Tensor) for item in tensors):
@@ -293,7 +292,6 @@ class Observer:
         dims = tuple(getattr(item, "_axes", None) if isinstance(item, Tensor) else None for item in tensors)
         if any(one is not None for one in dims):
             self.found.results[self.call] = dims
-            self.found.calls[self.call] = getattr(func, "__name__", "")
         return out
 
     def _by_function_rule(
@@ -309,8 +307,18 @@ class Observer:
                 self.bypass = False
             if not any(hasattr(tensor, "_axes") for tensor in call.tensors):
                 return call.out
-        rule(self, call)
+        if not self._ruled(rule, call):
+            return func(*args, **kwargs)  # the operators below it may have rules
         return call.out
+
+    def _ruled(self, rule: Any, call: Call) -> bool:
+        """Apply a rule; what it was not written for is frozen and listed."""
+        try:
+            rule(self, call)
+        except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
+            self.unknown(call, f"its rule does not cover this call ({type(error).__name__})")
+            return False
+        return True
 
     def _extent(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         found = func(*args, **kwargs)
@@ -371,10 +379,10 @@ class Observer:
             call.out = args[0] if in_place and args[0].is_meta else self._without_values(func, name, args, kwargs)
         self.name = name
         call.sizes = self.sizes
-        if rule is not None:
-            rule(self, call)
-        else:
+        if rule is None:
             self.unknown(call)
+        else:
+            self._ruled(rule, call)
         return call.out
 
     def _read(self, func: Any, name: str, args: tuple[Any, ...]) -> Any:

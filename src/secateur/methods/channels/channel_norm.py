@@ -18,9 +18,7 @@ from secateur.core.method import Decision, Group, Method, Protocol, Task
 from secateur.core.units import UnitKind
 from secateur.scores.groups import Combine, group_scores, over_others
 from secateur.shrink.cut import tensors_of
-from secateur.shrink.structured import StructuredSettings, View, decide
-from secateur.structure.kinds import OUT_DIM
-from secateur.structure.layers import layout_of
+from secateur.shrink.structured import Members, StructuredSettings, View, decide, weight_places
 
 
 class Norm(StrEnum):
@@ -29,13 +27,6 @@ class Norm(StrEnum):
     L1 = "l1"
     L2 = "l2"
     BN = "bn"
-
-
-class Members(StrEnum):
-    """Whose weights count."""
-
-    ALL = "all"
-    PRODUCERS = "producers"
 
 
 class ChannelNormSettings(StructuredSettings):
@@ -50,18 +41,14 @@ def norms(view: View, settings: ChannelNormSettings) -> dict[str, Tensor]:
     """One norm per unit."""
     tensors = tensors_of(view.model)
     modules = dict(view.model.named_modules())
+    chosen = weight_places(view, settings.members)
 
     def vector(name: str, dim: int) -> Tensor | None:
         owner, _, leaf = name.rpartition(".")
-        layout = layout_of(modules[owner]) if owner in modules else None
         if settings.norm is Norm.BN:
             is_scale = "BatchNorm" in type(modules.get(owner)).__name__ and leaf == "weight"
             return tensors[name].detach().float().abs() if is_scale else None
-        if layout is None or leaf == "bias":
-            return None
-        if settings.members is Members.PRODUCERS and dim != OUT_DIM[layout]:
-            return None
-        return over_others(tensors[name], dim, 2 if settings.norm is Norm.L2 else 1)
+        return over_others(tensors[name], dim, 2 if settings.norm is Norm.L2 else 1) if (name, dim) in chosen else None
 
     found = group_scores(view.sites, vector, settings.combine)
     return {name: score.sqrt() for name, score in found.items()} if settings.norm is Norm.L2 else found

@@ -23,10 +23,8 @@ from secateur.core.units import UnitKind
 from secateur.data.batches import split_batch
 from secateur.scores.groups import Combine, group_scores
 from secateur.shrink.cut import tensors_of
-from secateur.shrink.structured import StructuredSettings, View, decide
+from secateur.shrink.structured import Members, StructuredSettings, View, decide, weight_places
 from secateur.stats.gradients import weight_gradients
-from secateur.structure.kinds import OUT_DIM
-from secateur.structure.layers import layout_of
 
 
 class Form(StrEnum):
@@ -34,13 +32,6 @@ class Form(StrEnum):
 
     SQUARED = "squared"
     ABSOLUTE = "absolute"
-
-
-class Members(StrEnum):
-    """Whose weights count."""
-
-    ALL = "all"
-    PRODUCERS = "producers"
 
 
 class GroupTaylorSettings(StructuredSettings):
@@ -53,15 +44,7 @@ class GroupTaylorSettings(StructuredSettings):
 
 def products(view: View, settings: GroupTaylorSettings) -> dict[str, Tensor]:
     """One Taylor score per unit."""
-    modules = dict(view.model.named_modules())
-    layouts = {name: layout_of(module) for name, module in modules.items()}
-    places = {(p.parameter, p.dim) for site in view.sites.values() for p in site.occurrences}
-    chosen = {
-        (name, dim)
-        for name, dim in places
-        if (layout := layouts.get(name.rpartition(".")[0])) is not None
-        and (settings.members is Members.ALL or name.endswith("bias") or dim == OUT_DIM[layout])
-    }
+    chosen = weight_places(view, settings.members, biases=True)
     names = sorted({name for name, _ in chosen})
     if settings.form is Form.ABSOLUTE:
         return _per_unit(view, chosen, names, view.task.batches, Form.ABSOLUTE)

@@ -28,9 +28,8 @@ from secateur.core.units import Site, UnitKind
 from secateur.data.batches import split_batch
 from secateur.scores.groups import Combine, group_scores
 from secateur.shrink.cut import tensors_of
-from secateur.shrink.structured import StructuredSettings, View, decide
+from secateur.shrink.structured import StructuredSettings, View, decide, weight_places
 from secateur.stats.gradients import weight_gradients
-from secateur.structure.layers import layout_of
 from secateur.structure.stacks import main_stack
 
 
@@ -62,13 +61,7 @@ class LLMPrunerSettings(StructuredSettings):
 
 def saliences(view: View, settings: LLMPrunerSettings) -> dict[str, Tensor]:
     """One score per head and neuron."""
-    modules = dict(view.model.named_modules())
-    chosen = {
-        (place.parameter, place.dim)
-        for site in view.sites.values()
-        for place in site.occurrences
-        if layout_of(modules[place.parameter.rpartition(".")[0]]) is not None and not place.parameter.endswith("bias")
-    }
+    chosen = weight_places(view)
     names = sorted({name for name, _ in chosen})
     per_weight = _per_weight(view, names, settings.salience)
 
