@@ -68,6 +68,7 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 # ---------------------------------------------------------------------------------------------- ours
 
 
+OURS: dict[str, Any] = {}  # settings from the command line
 KINDS = "channel,neuron,head,kv_group,embedding"
 """As the peer's script: the embedding width of a transformer goes too."""
 
@@ -92,7 +93,7 @@ def ours_smaller(model: nn.Module, inputs: Tensor, flops: float) -> nn.Module:
 
 def halve(model: nn.Module, example: Batch, budget: Budget) -> None:
     """Analyse, score, select and cut, in place, without the comparison with the masked model: the peer has none."""
-    settings = channel_norm.ChannelNormSettings(kinds=KINDS)
+    settings = channel_norm.ChannelNormSettings(kinds=KINDS, **OURS)
     decision = channel_norm.plan(Task(model, budget, example=example), settings)
     cut_(model, Plan(decision.sites, decision.masks), example, verify=False, structure=decision.structure)
 
@@ -463,10 +464,13 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", metavar="NAME", help="instead of the command's own list")
     parser.add_argument("--rounds", type=int, default=3, help="times: runs of each")
     parser.add_argument("--batches", type=int, nargs="+", default=[16, 1], help="speed: batch sizes")
+    parser.add_argument("--multiple", type=int, default=8, help="speed: what our widths are multiples of")
+    parser.add_argument("--within-groups", action="store_true", help="speed: thin out groups of convolutions, too")
     parser.add_argument("--seconds", type=float, default=2.0, help="speed: time for each network and batch size")
     parser.add_argument("--table", type=Path, default=Path("tests/networks/networks.py"), help="coverage: NETWORKS")
     parser.add_argument("--out", type=Path, default=Path("coverage.json"), help="coverage: the JSON file to write")
     args = parser.parse_args()
+    OURS.update(multiple=args.multiple, within_groups=args.within_groups)
     torch.set_num_threads(THREADS)
     {"times": times, "speed": speed, "coverage": coverage, "one": one}[args.command](args)
 

@@ -796,15 +796,17 @@ def test_a_rule_for_a_custom_operator_is_added_in_a_call(swap):
     check_cuts(model, batch, structure)
 
 
-def test_a_rule_that_gives_wrong_sizes_is_named(swap):
-    from secateur.core.errors import ModelError
-
+def test_a_rule_that_gives_wrong_sizes_is_named_and_what_it_touches_is_frozen(swap):
     @operator("secateur_rules_test::swap")
     def wrong(run, call):
         run.set(call.out, [1, *run.dims(call.args[0])])
 
-    with pytest.raises(ModelError, match=r"rule of secateur_rules_test::swap"):
-        analyse(up_down(swap), Batch((tokens(),)))
+    structure = analyse(up_down(swap), Batch((tokens(),)))
+    assert [(name, "does not cover this call" in why) for _, name, why in structure.unknown] == [
+        ("secateur_rules_test::swap", True)
+    ]
+    assert not structure.sites
+    assert any("secateur_rules_test::swap" in entry.reason for entry in structure.frozen)
 
 
 # --- kinds and costs ------------------------------------------------------------------------------
