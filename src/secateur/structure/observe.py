@@ -395,11 +395,9 @@ class Observer:
         if x.dtype == torch.bool or name != "aten::_local_scalar_dense":
             return False  # checks such as isnan(x).any(): the usual branch
         self.name = name
-        where = self.reason("a value is read")
-        raise ModelError(
-            f"{type(self.model).__name__} cannot be observed without computing values: {where}; "
-            "its structure depends on the data"
-        )
+        self.unknown(Call(name, args), "a computed number is read; the run goes on with 1")
+        self.found.branches.append(self.module)
+        return 1.0 if x.is_floating_point() else 1
 
     def _without_values(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         made = OUTPUTS[name](args) if name in OUTPUTS and not kwargs else None
@@ -411,11 +409,24 @@ class Observer:
             return func(*_to_meta(args), **{key: _to_meta((value,))[0] for key, value in kwargs.items()})
         except (RuntimeError, NotImplementedError, TypeError) as error:
             self.name = name
+            return self._on_stand_ins(func, Call(name, args, kwargs), error)
+
+    def _on_stand_ins(self, func: Any, call: Call, error: Exception) -> Any:
+        """An operator that values decide about: what it touches is frozen, and it is run on made-up values.
+
+        Raises:
+            ModelError: it does not run on these either; gives the operator's first complaint.
+        """
+        self.unknown(call, "values decide about its result, or it has no shape rule")
+        try:
+            out = func(*_made_up(call.args), **dict(zip(call.kwargs, _made_up(call.kwargs.values()), strict=True)))
+        except (RuntimeError, NotImplementedError, TypeError):
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise ModelError(
                 f"{type(self.model).__name__} cannot be observed without computing values: {self.reason('stopped')}: "
                 f"{first}; its structure depends on data or on an operator without shape rules"
             ) from error
+        return _without_floats(out)
 
 
 def _numbered(value: int, dim: Dim) -> int:
@@ -446,6 +457,26 @@ def _meta(tensor: Tensor) -> Tensor:
     if tensor.is_meta:
         return tensor
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _made_up(args: Any) -> list[Any]:
+    """Ones in place of tensors without values."""
+    made: list[Any] = []
+    for item in args:
+        if isinstance(item, Tensor) and item.is_meta:
+            made.append(torch.ones(item.shape, dtype=item.dtype))
+        elif isinstance(item, (list, tuple)) and any(isinstance(inner, Tensor) for inner in item):
+            made.append(_made_up(item))
+        else:
+            made.append(torch.device("cpu") if isinstance(item, torch.device) else item)
+    return made
+
+
+def _without_floats(out: Any) -> Any:
+    """Results with made-up numbers lose them; indices and sizes stay, so that the run can go on."""
+    if isinstance(out, (list, tuple)):
+        return type(out)([_without_floats(item) for item in out])
+    return _meta(out) if isinstance(out, Tensor) and (out.is_floating_point() or out.is_complex()) else out
 
 
 def _to_meta(args: Any) -> list[Any]:
