@@ -120,16 +120,23 @@ def test_a_model_of_which_nothing_can_go_is_refused():
         sc.plan(model, "channel_norm", 0.5, example=torch.randn(4, 6))
 
 
-def test_control_flow_by_values_is_refused_by_layer_and_operator():
-    model, x = WithValue().eval(), torch.randn(4, 6)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    for ask in (sc.analyse, lambda model, x: sc.plan(model, "channel_norm", 0.5, example=x)):
-        with pytest.raises(ModelError) as refused:
-            ask(model, x)
-        assert "a value is read in 'middle' (_local_scalar_dense); its structure depends on the data" in str(
-            refused.value
-        )
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+def test_control_flow_by_values_is_named_by_layer_and_operator_and_the_cut_follows_it():
+    """The number of rounds is computed from activations: every count is the masked model's own."""
+    model = WithValue().eval()
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    structure = sc.analyse(model, x)
+    assert [(module, operator) for module, operator, _ in structure.unknown] == [
+        ("middle", "aten::_local_scalar_dense")
+    ]
+    plan = sc.plan(model, "channel_norm", 0.5, example=x, **EXACT)
+    assert plan.warnings == ("'middle' (aten::_local_scalar_dense): a computed number is read; the run goes on with 1",)
+    masked = zeroed(model, plan)
+    sc.apply_(model, plan, example=x)
+    rounds = set()
+    for scale in (0.1, 0.5, 1.0, 2.0):
+        rounds.add(int((scale * masked.first(x)).abs().sum().item()) % 3)
+        assert gap(outputs(masked, Batch((scale * x,))), outputs(model, Batch((scale * x,)))) <= TOLERANCE
+    assert len(rounds) > 1  # more than one path was compared
 
 
 class Fork(Between):

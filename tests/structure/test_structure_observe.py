@@ -628,9 +628,10 @@ def test_models_that_look_at_values_are_refused_or_right(make):
     assert refused_or_right(model)
 
 
-def test_a_number_read_from_values_is_refused_by_name():
-    with pytest.raises(ModelError, match=r"a value is read in 'LooksByItem' .*depends on the data"):
-        analyse(LooksByItem(), Batch((X,)))
+def test_a_number_read_from_values_is_named_and_the_rest_goes_on():
+    structure = analyse(LooksByItem(), Batch((X,)))
+    assert [(module, operator) for module, operator, _ in structure.unknown] == [("", "aten::_local_scalar_dense")]
+    assert structure.sites
 
 
 def test_indices_that_data_decide_are_followed():

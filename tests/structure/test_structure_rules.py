@@ -746,7 +746,7 @@ def test_an_operator_without_a_rule_is_frozen_and_listed():
     model = nn.Sequential(inner, nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3))
     batch = Batch((tokens(),))
     structure = analyse(model, batch)
-    assert structure.unknown == [("0", "aten::_fft_r2c", "no rule for this operator")]
+    assert structure.unknown == [("0", "aten::_fft_r2c", "no rule for this operator; it was left whole")]
     assert list(structure.sites) == ["1:neuron"]
     stuck = [entry for entry in structure.frozen if entry.parameter == "0.up.weight" and entry.dim == 0]
     assert [entry.reason for entry in stuck] == ["no rule for this operator in '0' (_fft_r2c)"]
@@ -774,7 +774,7 @@ def swap():
 
 def test_a_custom_operator_without_a_rule_is_frozen(swap):
     structure = analyse(up_down(swap), Batch((tokens(),)))
-    assert structure.unknown == [("", "secateur_rules_test::swap", "no rule for this operator")]
+    assert structure.unknown == [("", "secateur_rules_test::swap", "no rule for this operator; it was left whole")]
     assert structure.sites == {}
 
 

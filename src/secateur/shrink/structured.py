@@ -195,7 +195,7 @@ def decide(task: Task, settings: StructuredSettings, criterion: Criterion, only:
         masks = work.as_measured(scores, masks)
     structure.changes({name: int(mask.sum()) for name, mask in masks.items()})
     decision = Decision(sites=dict(sites), masks=masks, scores=scores if task.keep_scores else {}, structure=structure)
-    decision.warnings = [f"'{module}' ({name}): {why}; it was left whole" for module, name, why in structure.unknown]
+    decision.warnings = [f"'{module}' ({name}): {why}" for module, name, why in structure.unknown]
     decision.facts = _facts(structure, sites, masks)
     return decision
 

@@ -248,7 +248,7 @@ class Observer:
 
     def unknown(self, call: Call, why: str = "no rule for this operator") -> None:
         """Freeze everything that the call touches and list it."""
-        self.found.unknown.setdefault((self.module, self.name), why)
+        self.found.unknown.setdefault((self.module, self.name), f"{why}; it was left whole")
         for tensor in call.tensors:
             for dim in self.dims(tensor):
                 self.fix(dim, why)
@@ -395,7 +395,7 @@ class Observer:
         if x.dtype == torch.bool or name != "aten::_local_scalar_dense":
             return False  # checks such as isnan(x).any(): the usual branch
         self.name = name
-        self.unknown(Call(name, args), "a computed number is read; the run goes on with 1")
+        self.found.unknown.setdefault((self.module, name), "a computed number is read; the run goes on with 1")
         self.found.branches.append(self.module)
         return 1.0 if x.is_floating_point() else 1
 
