@@ -101,8 +101,12 @@ def plan(
         DataError, NumericsError, ModelError: what is wrong, and with which layer.
     """
     entry = find_method(method)
-    if entry.kind is not Protocol.PLAN:
-        raise ModelError(f"{entry.name} is no one-shot method (it is a {entry.kind}); it cannot make a plan by itself")
+    if entry.run is None:
+        how = {Protocol.SPARSIFIER: "sc.sparsify (secateur train)", Protocol.PROCEDURE: "sc.study (secateur study)"}
+        raise ModelError(
+            f"{entry.name} is no one-shot method but a {entry.kind}: it cannot make a plan by itself; "
+            f"use {how.get(entry.kind, 'its own call')}"
+        )
     checked = entry.configure(settings)
     budget = _budget(entry, sparsity, pattern, budget)
     _refuse_sick(model)

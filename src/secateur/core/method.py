@@ -170,9 +170,11 @@ class Decision:
 
 
 PlanFunction = Callable[[Task, Any], Decision]
+PartsFunction = Callable[[Any, Any], Sequence[Any]]  # (run, settings) -> parts of a sparsifier, see train.part
+ProcedureFunction = Callable[[Any, Any], Any]  # (study, settings) -> result, see train.study
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """A catalogue entry. Everything about a method that others generate from is here.
 
@@ -185,7 +187,9 @@ class Method:
         kind: which of the four protocols.
         tags: the survey's taxonomy.
         settings: class of the settings.
-        run: the protocol's function.
+        run: makes a plan before or after training; None for methods that cannot.
+        parts: what acts during training; None for methods that do not.
+        procedure: what goes on around whole training runs; None for methods that do not.
         units: what it removes.
         exact: over what the sparsity is met exactly.
         needs_data, needs_labels: what calibration must provide.
@@ -202,7 +206,9 @@ class Method:
     kind: Protocol
     tags: Tags
     settings: type[Settings]
-    run: PlanFunction
+    run: PlanFunction | None = None
+    parts: PartsFunction | None = None
+    procedure: ProcedureFunction | None = None
     units: UnitKind
     exact: Group
     needs_data: bool = False
@@ -210,6 +216,17 @@ class Method:
     patterns: bool = False
     changes_weights: bool = False
     structured: bool = False
+
+    def __post_init__(self) -> None:
+        given = {Protocol.PLAN: self.run, Protocol.SPARSIFIER: self.parts, Protocol.PROCEDURE: self.procedure}
+        if self.kind in given and given[self.kind] is None:
+            raise SettingsError(f"method '{self.name}' is a {self.kind} and has no function for it")
+
+    @property
+    def protocols(self) -> tuple[Protocol, ...]:
+        """All the protocols it can act by; `kind` is the one it is known for."""
+        given = {Protocol.PLAN: self.run, Protocol.SPARSIFIER: self.parts, Protocol.PROCEDURE: self.procedure}
+        return tuple(protocol for protocol, function in given.items() if function is not None)
 
     def configure(self, values: dict[str, Any]) -> Settings:
         """Checked settings from names and values (strings are converted).
@@ -233,6 +250,7 @@ class Method:
             "citation": self.citation,
             "formula": self.formula,
             "kind": self.kind.value,
+            "protocols": [protocol.value for protocol in self.protocols],
             "units": self.units.value,
             "needs_data": self.needs_data,
             "needs_labels": self.needs_labels,
