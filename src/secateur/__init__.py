@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from secateur.api import analyse as analyse
     from secateur.api import methods as methods
     from secateur.api import plan as plan
+    from secateur.api import sparsify as sparsify
+    from secateur.api import study as study
     from secateur.core.budget import Budget as Budget
     from secateur.core.errors import SecateurError as SecateurError
     from secateur.core.plan import Plan as Plan
@@ -65,6 +67,8 @@ _HOMES = {
     "plan": "api",
     "prune": "lab.prune",
     "save": "shrink.save",
+    "sparsify": "api",
+    "study": "api",
 }
 ROOMS = ("measure", "methods")  # rooms that can be called themselves
 

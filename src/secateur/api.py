@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from secateur.core import catalogue
 from secateur.core.budget import Budget, Pattern
 from secateur.core.distributed import agreed
-from secateur.core.errors import BudgetError, DataError, ModelError, NumericsError
+from secateur.core.errors import BudgetError, DataError, ModelError, NumericsError, SettingsError
 from secateur.core.fingerprint import data_digest
 from secateur.core.method import Batch, Decision, Group, Method, Protocol, Settings, Task
 from secateur.core.plan import Plan, Provenance, versions
@@ -26,8 +27,11 @@ from secateur.methods import methods
 from secateur.shrink.apply import stamp
 from secateur.structure.analysis import Structure
 from secateur.structure.analysis import analyse as find_structure
+from secateur.train.loop import Fit
+from secateur.train.sparsifier import Order, Sparsifier
+from secateur.train.study import Findings, Ledger, Study
 
-__all__ = ["analyse", "find_method", "methods", "plan"]
+__all__ = ["analyse", "find_method", "methods", "plan", "sparsify", "study"]
 
 
 def analyse(model: nn.Module, example: Any = None) -> Structure:
@@ -102,11 +106,7 @@ def plan(
     """
     entry = find_method(method)
     if entry.run is None:
-        how = {Protocol.SPARSIFIER: "sc.sparsify (secateur train)", Protocol.PROCEDURE: "sc.study (secateur study)"}
-        raise ModelError(
-            f"{entry.name} is no one-shot method but a {entry.kind}: it cannot make a plan by itself; "
-            f"use {how.get(entry.kind, 'its own call')}"
-        )
+        raise ModelError(f"{entry.name} is no one-shot method, it cannot make a plan by itself; {_way_to(entry)}")
     checked = entry.configure(settings)
     budget = _budget(entry, sparsity, pattern, budget)
     _refuse_sick(model)
@@ -137,6 +137,158 @@ def plan(
     _refuse_empty(made, budget, decision)
     stamp(model, made)
     return made
+
+
+def sparsify(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    method: str,
+    sparsity: float | None = None,
+    *,
+    steps: int,
+    budget: Budget | None = None,
+    seed: int = 0,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Sparsifier:
+    """Let a method act while your loop trains the model: call it before the loop, `finish()` after it.
+
+    Args:
+        model: any module; may be compiled, data-parallel or sharded.
+        optimizer: the one that trains it, any of torch's.
+        method: a name from `methods()` that acts during training, e.g. `granet`.
+        sparsity: fraction of the prunable weights that is removed in the end, exactly.
+        steps: optimiser steps of the whole training.
+        budget: instead of a sparsity, with a floor per layer.
+        seed: of everything random.
+        include: shell patterns over parameter names that may be pruned.
+        exclude: patterns that may not; wins over `include`.
+        progress: receives progress; silent by default.
+        **settings: the method's own settings.
+
+    Raises:
+        UnknownNameError: no such method or setting; gives the nearest names.
+        ModelError: the method does not act during training; a parameter is frozen or not optimised.
+        SettingsError, BudgetError: a schedule does not fit the training, a budget cannot be met.
+    """
+    entry = find_method(method)
+    if entry.parts is None:
+        raise ModelError(f"{entry.name} does not act during training; {_way_to(entry)}")
+    checked = entry.configure(settings)
+    order = Order(
+        method=entry.name,
+        budget=_budget(entry, sparsity, None, budget),
+        steps=steps,
+        settings=checked.model_dump(mode="json"),
+        seed=seed,
+        include=tuple(include),
+        exclude=tuple(exclude),
+    )
+    return Sparsifier(model, optimizer, entry.parts(order, checked), order, progress)
+
+
+def study(
+    make: Callable[[], nn.Module],
+    fit: Fit,
+    method: str,
+    sparsity: float | None = None,
+    *,
+    steps: int | None = None,
+    budget: Budget | None = None,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    metric: str = "accuracy",
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    extras: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Findings:
+    """Run a procedure around whole trainings of yours: lottery tickets, rewinding, criteria on trial.
+
+    Args:
+        make: gives a freshly initialised model; torch is seeded when it is called.
+        fit: your training, `fit(model, masks, start, stop) -> metrics`; see `secateur.train.loop.Fit`.
+        method: a name from `methods()` that is a procedure, e.g. `lottery`.
+        sparsity: fraction of the prunable weights that is removed in the end.
+        steps: optimiser steps of one whole training; default: `fit.steps`.
+        budget: instead of a sparsity.
+        folder: where every round is kept; run again after a kill, it goes on and ends with the same result.
+        seed: of initialisation and every random draw.
+        metric: which figure of `fit` is compared.
+        include: shell patterns over parameter names that may be pruned.
+        exclude: patterns that may not; wins over `include`.
+        extras: what single procedures need besides; their documentation says it.
+        progress: receives progress; silent by default.
+        **settings: the procedure's own settings.
+
+    Raises:
+        UnknownNameError: no such method or setting; gives the nearest names.
+        ModelError: the method is no procedure; `fit` did not keep removed weights at zero.
+        SettingsError: the folder holds a run with other settings.
+    """
+    entry = find_method(method)
+    if entry.procedure is None:
+        raise ModelError(f"{entry.name} is no procedure around trainings; {_way_to(entry)}")
+    checked = entry.configure(settings)
+    steps = getattr(fit, "steps", None) if steps is None else steps
+    if steps is None:
+        raise SettingsError("give steps=..., the optimiser steps of one whole training")
+    order = Order(
+        method=entry.name,
+        budget=_budget(entry, sparsity, None, budget),
+        steps=steps,
+        settings=checked.model_dump(mode="json"),
+        seed=seed,
+        include=tuple(include),
+        exclude=tuple(exclude),
+    )
+    asked = Study(
+        make=make,
+        fit=fit,
+        steps=steps,
+        budget=order.budget,
+        seed=seed,
+        metric=metric,
+        include=order.include,
+        exclude=order.exclude,
+        ledger=Ledger(None if folder is None else Path(folder), order.to_json() | {"metric": metric}),
+        progress=progress or Silent(),
+        extras=extras or {},
+    )
+    found: Findings = entry.procedure(asked, checked)
+    if found.masks is not None:
+        found.plan = _plan_of(asked, order, found)
+    return found
+
+
+def _plan_of(asked: Study, order: Order, found: Findings) -> Plan:
+    """The masks of a procedure as a plan for the model with the weights that it found."""
+    assert found.masks is not None
+    model = asked.model()
+    if found.state is not None:
+        model.load_state_dict(found.state)
+    made = Plan(
+        sites=asked.sites(model),
+        masks=found.masks,
+        provenance=(order.provenance(type(model).__name__),),
+        warnings=tuple(found.warnings),
+    )
+    stamp(model, made)
+    return made
+
+
+def _way_to(entry: Method) -> str:
+    """The call that a method is made for."""
+    calls = {
+        Protocol.PLAN: "sc.plan (secateur prune)",
+        Protocol.SPARSIFIER: "sc.sparsify (secateur train)",
+        Protocol.PROCEDURE: "sc.study",
+        Protocol.ATTACHMENT: "its attachment",
+    }
+    return "use " + " or ".join(calls[protocol] for protocol in entry.protocols or (entry.kind,))
 
 
 def _budget(entry: Method, sparsity: float | None, pattern: str | None, budget: Budget | None) -> Budget:

@@ -104,6 +104,20 @@ class Batch:
         )
 
 
+def matches(name: str, include: Sequence[str], exclude: Sequence[str] = ()) -> bool:
+    """Whether shell patterns let a site be pruned; `exclude` wins.
+
+    A pattern that matches a module's name speaks for everything inside that module.
+    """
+    parts = name.split(".")
+    prefixes = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+
+    def matched(patterns: Sequence[str]) -> bool:
+        return any(fnmatchcase(prefix, pattern) for pattern in patterns for prefix in prefixes)
+
+    return matched(include) and not matched(exclude)
+
+
 @dataclass(frozen=True)
 class Task:
     """What a method works on.
@@ -134,17 +148,8 @@ class Task:
         return generator(self.seed, *purpose)
 
     def wants(self, name: str) -> bool:
-        """Whether the user's patterns let a site be pruned.
-
-        A pattern that matches a module's name speaks for everything inside that module.
-        """
-        parts = name.split(".")
-        prefixes = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-
-        def matches(pattern: str) -> bool:
-            return any(fnmatchcase(prefix, pattern) for prefix in prefixes)
-
-        return any(map(matches, self.include)) and not any(map(matches, self.exclude))
+        """Whether the user's patterns let a site be pruned."""
+        return matches(name, self.include, self.exclude)
 
 
 @dataclass
@@ -170,8 +175,8 @@ class Decision:
 
 
 PlanFunction = Callable[[Task, Any], Decision]
-PartsFunction = Callable[[Any, Any], Sequence[Any]]  # (run, settings) -> parts of a sparsifier, see train.part
-ProcedureFunction = Callable[[Any, Any], Any]  # (study, settings) -> result, see train.study
+PartsFunction = Callable[[Any, Any], Sequence[Any]]  # (train.sparsifier.Order, settings) -> train.part.Part, ...
+ProcedureFunction = Callable[[Any, Any], Any]  # (train.study.Study, settings) -> train.study.Findings
 
 
 @dataclass(frozen=True, kw_only=True)

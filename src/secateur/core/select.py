@@ -6,7 +6,7 @@ index go first (what a stable ascending sort would do). A threshold alone cannot
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 
 import numpy as np
@@ -63,16 +63,65 @@ def keep_top(scores: Tensor, keep: int) -> Tensor:
 
 
 def keep_global(scores: Mapping[str, Tensor], keep: int) -> dict[str, Tensor]:
-    """One ranking over all sites: the `keep` highest scores of all stay. Ties fall in mapping order."""
+    """One ranking over all sites: the `keep` highest scores of all stay. Ties fall in mapping order.
+
+    The scores are not copied: a sample brackets the threshold, and only what lies inside is sorted out.
+    """
     for name, score in scores.items():
         check_scores(score, name)
+    total = sum(score.numel() for score in scores.values())
+    if not 0 <= keep <= total:
+        raise BudgetError(f"cannot keep {keep} of {total} units; the reachable range is 0 to {total}")
+    if keep in (0, total):
+        return {name: torch.full_like(score, keep > 0, dtype=torch.bool) for name, score in scores.items()}
     # of several dtypes the widest, so that no two different scores become equal
     dtype = reduce(torch.promote_types, (score.dtype for score in scores.values()))
-    flat = torch.cat([score.detach().reshape(-1).to(dtype) for score in scores.values()])
-    mask = keep_top(flat, keep)
-    sizes = [score.numel() for score in scores.values()]
-    parts = torch.split(mask, sizes)
-    return {name: part.view(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
+    if dtype in (torch.bfloat16, torch.float16):
+        dtype = torch.float32  # widens exactly
+    flat = {name: score.detach().reshape(-1) for name, score in scores.items()}
+    threshold = _kth_of_all([part for part in flat.values() if part.numel()], total - keep, dtype)
+    masks = {name: part.to(dtype) > threshold for name, part in flat.items()}
+    missing = keep - sum(int(mask.sum()) for mask in masks.values())
+    if missing:
+        _add_ties(masks, {name: part.to(dtype) == threshold for name, part in flat.items()}, missing)
+    return {name: mask.view(scores[name].shape) for name, mask in masks.items()}
+
+
+def _add_ties(masks: Mapping[str, Tensor], tied: Mapping[str, Tensor], missing: int) -> None:
+    """Add the last `missing` of the tied units, so that the ones with the lower index go first."""
+    gone = sum(int(ties.sum()) for ties in tied.values()) - missing
+    for name, ties in tied.items():
+        count = int(ties.sum())
+        masks[name].logical_or_(ties & (ties.cumsum(0) > gone))
+        gone = max(0, gone - count)
+
+
+SAMPLE, CHUNK = 1 << 16, 1 << 22
+
+
+def _kth_of_all(parts: Sequence[Tensor], k: int, dtype: torch.dtype) -> Tensor:
+    """The k-th smallest value (1-based) over all parts, without joining them."""
+    total = sum(part.numel() for part in parts)
+    if total <= 4 * SAMPLE:
+        return _kth_smallest(torch.cat([part.to(dtype) for part in parts]), k)
+    step = total // SAMPLE
+    sample = torch.cat([part[::step].to(dtype) for part in parts]).sort().values
+    place, spread = k / total * len(sample), 8 * len(sample) ** 0.5
+    low = sample[int(max(0, place - spread))]
+    high = sample[int(min(len(sample) - 1, place + spread))]
+    below, inside, at_low, at_high = 0, [], 0, 0
+    for chunk in (piece.to(dtype) for part in parts for piece in torch.split(part, CHUNK)):
+        below += int((chunk < low).sum())
+        at_low += int((chunk == low).sum())
+        at_high += int((chunk == high).sum())
+        inside.append(chunk[(chunk > low) & (chunk < high)])
+    found = torch.cat(inside)
+    if not below < k <= below + at_low + len(found) + at_high:  # an order in which a strided sample misleads
+        return _kth_smallest(torch.cat([part.to(dtype) for part in parts]), k)
+    if k <= below + at_low:
+        return low
+    rank = k - below - at_low
+    return _kth_smallest(found, rank)[0] if rank <= len(found) else high
 
 
 def keep_pattern(scores: Tensor, pattern: Pattern, where: str = "scores") -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from secateur.core.errors import PlanError
 from secateur.core.plan import Plan
 from secateur.core.units import UnitKind
+from secateur.train.masking import Masks, unwrapped
 
 
 class MaskKeeper:
@@ -19,6 +21,11 @@ class MaskKeeper:
     decay cannot revive a weight. Detach with `close()` or use it as a context manager. Nothing is
     stored in the model: on resuming, make a new keeper from the plan.
 
+    Args:
+        model: may be compiled or wrapped for several processes.
+        plan: what stays; or its masks alone, parameter name -> bool tensor, True = keep.
+        optimizer: the one that trains the model.
+
     Example:
         with MaskKeeper(model, plan, optimizer):
             train(model, optimizer)
@@ -27,30 +34,19 @@ class MaskKeeper:
         PlanError: the model lacks a parameter of the plan, or its shape differs.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer):
-        parameters = dict(model.named_parameters())
-        self.removed: list[tuple[nn.Parameter, Tensor]] = []
-        for name, site in plan.sites.items():
-            if site.kind is not UnitKind.WEIGHT:
-                continue
-            if name not in parameters or tuple(parameters[name].shape) != site.shape:
-                raise PlanError(f"the model has no parameter '{name}' of shape {list(site.shape)} to keep masked")
-            self.removed.append((parameters[name], ~plan.masks[name].to(parameters[name].device)))
-        self.optimizer = optimizer
+    def __init__(self, model: nn.Module, plan: Plan | Mapping[str, Tensor], optimizer: torch.optim.Optimizer):
+        parameters = dict(unwrapped(model).named_parameters())
+        masks = weight_masks(plan) if isinstance(plan, Plan) else plan
+        for name, keep in masks.items():
+            if name not in parameters or parameters[name].shape != keep.shape:
+                raise PlanError(f"the model has no parameter '{name}' of shape {list(keep.shape)} to keep masked")
+        self.masks = Masks({name: parameters[name] for name in masks}, optimizer)
+        for name, keep in masks.items():
+            self.masks.set(name, keep)
         self._handle = optimizer.register_step_post_hook(self._after_step)
-        self.enforce()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self.enforce()
-
-    @torch.no_grad()
-    def enforce(self) -> None:
-        """Zero the pruned entries of weights and of every state tensor of the same shape."""
-        for parameter, removed in self.removed:
-            parameter.masked_fill_(removed, 0)
-            for state in self.optimizer.state.get(parameter, {}).values():
-                if isinstance(state, Tensor) and state.shape == parameter.shape:
-                    state.masked_fill_(removed, 0)
+        self.masks.enforce()
 
     def close(self) -> None:
         """Stop enforcing."""
@@ -61,3 +57,8 @@ class MaskKeeper:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def weight_masks(plan: Plan) -> dict[str, Tensor]:
+    """The masks of a plan that speak of single weights."""
+    return {name: mask for name, mask in plan.masks.items() if plan.sites[name].kind is UnitKind.WEIGHT}

@@ -1,0 +1,192 @@
+"""The parts that sparse-training methods are composed of: start sparse, prune along a schedule, regrow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from math import ceil, floor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.allocate.spread import Spread, choose
+from secateur.core.budget import Budget, Quantity
+from secateur.core.errors import BudgetError
+from secateur.core.select import keep_top
+from secateur.scores.weights import magnitude, uniform_random
+from secateur.train.part import Part
+from secateur.train.schedules import CosineRate, Ramp, Window, checked_window
+from secateur.train.sparsifier import Sparsifier, refuse_unreached
+
+GONE = -1.0  # below every magnitude: what is removed is never ranked above what is kept
+
+
+class StartSparse(Part):
+    """A random mask at the start, layer densities by `spread`; its positions depend on seed and layer only."""
+
+    def __init__(self, density: float, spread: Spread = Spread.ERK):
+        self.density, self.spread = density, spread
+
+    def start(self, run: Sparsifier) -> None:
+        """Draw and set."""
+        keep = floor(self.density * run.units + 1e-9)
+        scores = {name: uniform_random(site.shape, run.rng("start", name)) for name, site in run.sites.items()}
+        masks = choose(scores, run.sites, Budget(keep, Quantity.UNITS, floor=run.floor), self.spread)
+        _say_floors(run, masks)
+        run.set_masks(masks, "start")
+
+
+class PruneTo(Part):
+    """At every event of a ramp the smallest survivors go; the last event leaves exactly the target.
+
+    Survivors are ranked among themselves, so a mask only ever loses entries here.
+
+    Args:
+        ramp: density along the training; its last value is what the budget asks for.
+        spread: one ranking over all layers, or the same density in each.
+        score: weight -> importance.
+    """
+
+    def __init__(self, ramp: Ramp, spread: Spread = Spread.GLOBAL, score: Callable[[Tensor], Tensor] = magnitude):
+        self.ramp, self.spread, self.score = ramp, spread, score
+
+    def start(self, run: Sparsifier) -> None:
+        """Refuse what cannot be reached."""
+        checked_window(self.ramp.window, run.steps, f"the pruning schedule of {run.order.method}")
+        if self.ramp.final > self.ramp.initial:
+            raise BudgetError(
+                f"the final density {self.ramp.final:g} is above the initial {self.ramp.initial:g}: pruning only "
+                "removes; lower the final or raise the initial density"
+            )
+
+    def after_step(self, run: Sparsifier) -> None:
+        """One event, if it is time."""
+        if self.ramp.window.fires(run.step):
+            self.prune(run)
+
+    def wanted(self, run: Sparsifier) -> int:
+        """Weights kept after the event at this step: floor(density * N); the target, exactly, at the last."""
+        if run.step >= self.ramp.window.stop:
+            return run.target
+        return floor(self.ramp.density(run.step) * run.units + 1e-9)
+
+    def prune(self, run: Sparsifier) -> None:
+        """The event: rank survivors, keep as many as are wanted."""
+        keep = max(run.target, self.wanted(run))
+        if keep >= sum(run.masks.kept.values()):
+            return
+        scores = {name: self.score(run.weight(name)) for name in run.sites}
+        for name, score in scores.items():
+            if run.masks.kept[name] < score.numel():
+                scores[name] = score.masked_fill(~run.masks.get(name), GONE)
+        masks = choose(scores, run.sites, Budget(keep, Quantity.UNITS, floor=run.floor), self.spread)
+        _say_floors(run, masks)
+        run.set_masks(masks, "prune", asked=keep / run.units)
+
+    def finish(self, run: Sparsifier) -> None:
+        """Nothing is left to do, or training stopped too early."""
+        refuse_unreached(run)
+
+
+class Growth(StrEnum):
+    """Where connections come back."""
+
+    GRADIENT = "gradient"
+    RANDOM = "random"
+    MOMENTUM = "momentum"
+
+
+class Regrow(Part):
+    """At every event, in every layer: the smallest survivors go and as many connections come back elsewhere.
+
+    The layer's density does not change. New connections start at 0 with clean optimiser states.
+
+    Args:
+        rate: share of the survivors that is exchanged, along the training.
+        window: when.
+        growth: largest |gradient| of the batch just used, largest momentum, or at random.
+    """
+
+    def __init__(self, rate: CosineRate, window: Window, growth: Growth = Growth.GRADIENT):
+        self.rate, self.window, self.growth = rate, window, growth
+        self.needs_gradients = growth is not Growth.RANDOM
+        self.averages: dict[str, Tensor] = {}  # [2, *weight]: of gradients and of their squares
+        self.adaptive = False
+
+    def start(self, run: Sparsifier) -> None:
+        """Refuse a window that does not fit."""
+        checked_window(self.window, run.steps, f"the regrowing of {run.order.method}")
+
+    def after_step(self, run: Sparsifier) -> None:
+        """One event, if it is time."""
+        if self.growth is Growth.MOMENTUM:
+            self._remember(run)
+        if not self.window.fires(run.step):
+            return
+        masks, moved = {}, 0
+        for name in run.sites:
+            kept = run.masks.kept[name]
+            scores = self._growth_scores(run, name)
+            if scores is None:
+                return  # a refused event leaves every layer as it is
+            if kept < run.sites[name].units:
+                masks[name] = self.exchanged(run, name, scores)
+                moved += int((masks[name] & ~run.masks.get(name)).sum())
+        if masks:
+            run.set_masks(masks, "regrow", rate=self.rate.at(run.step), grown=moved)
+
+    def exchanged(self, run: Sparsifier, name: str, growth: Tensor) -> Tensor:
+        """The mask after the exchange in one layer."""
+        mask, kept = run.masks.get(name), run.masks.kept[name]
+        leaving = min(ceil(self.rate.at(run.step) * kept), kept)
+        weight = magnitude(run.weight(name)).masked_fill(~mask, GONE)
+        staying = keep_top(weight.reshape(-1), kept - leaving)
+        open_places = growth.reshape(-1).masked_fill(staying, GONE)
+        return (staying | keep_top(open_places, leaving)).view(mask.shape)
+
+    def _growth_scores(self, run: Sparsifier, name: str) -> Tensor | None:
+        if self.growth is Growth.RANDOM:
+            return uniform_random(run.sites[name].shape, run.rng("grow", name)).to(run.masks.removed[name].device)
+        if self.growth is Growth.MOMENTUM:
+            return self._momentum(name)
+        gradient = run.gradient(name)
+        if gradient is None:
+            run.warn(f"step {run.step}: '{name}' has no gradient, so nothing was regrown (zero_grad before the step?)")
+            return None
+        if not torch.isfinite(gradient).all():
+            run.warn(f"step {run.step}: the gradient of '{name}' is NaN or infinite, so nothing was regrown")
+            return None
+        return gradient.abs().float()
+
+    def _remember(self, run: Sparsifier) -> None:
+        """Averages of gradients over the steps, of all weights: the optimiser's own are zero where weights are."""
+        for name in run.sites:
+            gradient = run.gradient(name)
+            if gradient is None or not torch.isfinite(gradient).all():
+                continue
+            mean, square = self.averages.get(name, gradient.new_zeros((2, *gradient.shape)))
+            self.averages[name] = torch.stack(
+                [torch.lerp(mean, gradient, 0.1), torch.lerp(square, gradient.square(), 0.001)]
+            )
+            self.adaptive = "exp_avg_sq" in run.optimizer.state.get(run.masks.parameters[name], {})
+
+    def _momentum(self, name: str) -> Tensor:
+        """|m|; for optimisers with second moments |m| / (sqrt(v) + 1e-8)."""
+        mean, square = self.averages[name].float().unbind()
+        found: Tensor = mean.abs() / (square.sqrt() + 1e-8) if self.adaptive else mean.abs()
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages."""
+        return {"averages": dict(self.averages), "adaptive": self.adaptive}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse."""
+        self.averages, self.adaptive = dict(state["averages"]), bool(state["adaptive"])
+
+
+def _say_floors(run: Sparsifier, masks: Mapping[str, Tensor]) -> None:
+    for name, mask in masks.items():
+        if int(mask.sum()) == run.floor < mask.numel():
+            run.warn(f"layer '{name}' was held at the floor of {run.floor} weights")
