@@ -90,8 +90,9 @@ def plan(
         include: shell patterns over module and parameter names that may be pruned.
         exclude: patterns that may not; wins over `include`.
         keep_scores: store the scores in the plan.
-        example: inputs that the model can be run on, for methods that cut channels, heads or widths; a
-            tensor, a mapping or a `Batch`. Default: the calibration data's first batch, or made-up ones.
+        example: inputs that the model can be run on, for methods that cut channels, heads or widths and
+            for synaptic flow; a tensor, a mapping or a `Batch`. Default: the calibration data's first
+            batch, or made-up ones.
         source: where the model came from, for the provenance.
         progress: receives progress; silent by default.
         **settings: the method's own settings.
@@ -110,7 +111,8 @@ def plan(
     checked = entry.configure(settings)
     budget = _budget(entry, sparsity, pattern, budget)
     _refuse_sick(model)
-    batches = _calibration(entry, data)
+    batches = _calibration(entry, checked, data)
+    runs = entry.structured or checked.uses_example
     task = Task(
         model=model,
         budget=budget,
@@ -120,7 +122,7 @@ def plan(
         exclude=tuple(exclude),
         keep_scores=keep_scores,
         progress=progress or Silent(),
-        example=example_for(model, data if example is None else example) if entry.structured else None,
+        example=example_for(model, data if example is None else example) if runs else None,
     )
     with evaluating(model), seeded(seed):
         decision, origin = agreed((entry.run(task, checked), _provenance(entry, checked, task, data, source)))
@@ -132,7 +134,7 @@ def plan(
         provenance=(origin,),
         warnings=tuple(decision.warnings),
         facts=decision.facts,
-        example=describe_example(task.example),
+        example=describe_example(task.example) if entry.structured else None,
     )
     _refuse_empty(made, budget, decision)
     stamp(model, made)
@@ -314,12 +316,12 @@ def _refuse_sick(model: nn.Module) -> None:
             raise NumericsError(f"layer '{name}' has NaN or infinite weights; repair the model before pruning it")
 
 
-def _calibration(entry: Method, data: Any) -> list[Batch]:
+def _calibration(entry: Method, settings: Settings, data: Any) -> list[Batch]:
     if data is None:
         if entry.needs_data:
             raise DataError(f"{entry.name} needs calibration data; give data=... (--data)")
         return []
-    return as_batches(data) if entry.needs_data else []
+    return as_batches(data) if entry.needs_data or settings.uses_data else []
 
 
 def _provenance(entry: Method, settings: Settings, task: Task, data: Any, source: str) -> Provenance:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import ceil, floor, prod
 
+from secateur.allocate import ratios
 from secateur.core.errors import BudgetError
 
 
@@ -37,32 +38,17 @@ def largest_remainder(wanted: Mapping[str, float], total: int, limits: Mapping[s
 
 def uniform(sizes: Mapping[str, int], total: int) -> dict[str, int]:
     """The same density everywhere, with an exact total."""
-    everything = sum(sizes.values())
-    wanted = {name: size * total / everything for name, size in sizes.items()}
-    return largest_remainder(wanted, total, sizes)
+    return largest_remainder(ratios.uniform({name: (size,) for name, size in sizes.items()}, total), total, sizes)
 
 
 def erk(shapes: Mapping[str, tuple[int, ...]], total: int) -> dict[str, int]:
-    """Erdos-Renyi-kernel: density proportional to sum(shape) / prod(shape) (Evci et al. 2020).
-
-    Layers whose density would pass 1 stay dense and the rest is solved again.
+    """Erdos-Renyi-kernel densities (Evci et al. 2020) with an exact total.
 
     Args:
         shapes: site -> `[out, in, *kernel]`.
         total: weights kept over all sites.
     """
-    sizes = {name: prod(shape) for name, shape in shapes.items()}
-    raw = {name: float(sum(shape)) for name, shape in shapes.items()}  # = density factor * size
-    dense: set[str] = set()
-    while True:
-        free = [name for name in shapes if name not in dense]
-        left = total - sum(sizes[name] for name in dense)
-        scale = left / sum(raw[name] for name in free) if free else 0.0
-        full = {name for name in free if scale * raw[name] > sizes[name]}
-        if not full:
-            wanted = {name: sizes[name] if name in dense else scale * raw[name] for name in shapes}
-            return largest_remainder(wanted, total, sizes)
-        dense |= full
+    return largest_remainder(ratios.erk(shapes, total), total, {name: prod(shape) for name, shape in shapes.items()})
 
 
 def with_floor(counts: Mapping[str, int], sizes: Mapping[str, int], minimum: int) -> dict[str, int]:

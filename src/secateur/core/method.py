@@ -25,6 +25,16 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @property
+    def uses_data(self) -> bool:
+        """Whether with these settings a method reads data that it can do without under others."""
+        return False
+
+    @property
+    def uses_example(self) -> bool:
+        """Whether with these settings a method that is not structured runs the model on an example."""
+        return False
+
 
 def configure(owner: str, kind: type[Settings], values: Mapping[str, Any]) -> Settings:
     """Checked settings from names and values; strings are converted.
@@ -130,7 +140,8 @@ class Task:
         include, exclude: shell patterns over site names; exclude wins.
         keep_scores: whether the decision should carry its scores.
         progress: where long work reports to.
-        example: inputs to find the structure with, for structured methods.
+        example: inputs to find the structure with, for structured methods; for others whose settings say
+            `uses_example` inputs of the right shape.
     """
 
     model: nn.Module

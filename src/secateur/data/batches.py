@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,72 @@ def split_batch(batch: Batch, size: int = 1) -> list[Batch]:
     ]
 
 
+def taken(batch: Batch, index: Tensor) -> Batch:
+    """The samples at `index` (int64, repetition allowed), in that order; tensors of another length stay whole."""
+    samples = batch.samples
+
+    def pick(item: Any) -> Any:
+        per_sample = isinstance(item, Tensor) and item.dim() > 0 and item.shape[0] == samples
+        return item[index.to(item.device)] if per_sample else item
+
+    return Batch(
+        tuple(map(pick, batch.args)), {key: pick(value) for key, value in batch.kwargs.items()}, pick(batch.target)
+    )
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """All samples as one batch; what is no tensor is taken from the first.
+
+    Raises:
+        DataError: the batches differ in what they hold or in the shape of a sample.
+    """
+    if len(batches) == 1:
+        return batches[0]
+    first = batches[0]
+    alike = {(len(batch.args), *sorted(batch.kwargs), batch.target is None) for batch in batches}
+    if len(alike) > 1:
+        raise DataError("the batches differ in their inputs or only some have labels, so they cannot be joined to one")
+
+    def join(items: list[Any]) -> Any:
+        if not isinstance(items[0], Tensor):
+            return items[0]
+        if len({(item.shape[1:], item.dtype) for item in items}) > 1:
+            shapes = sorted({str(list(item.shape[1:])) for item in items})
+            raise DataError(
+                f"samples of shapes {' and '.join(shapes)} cannot be joined to one batch; pad or resize them"
+            )
+        return torch.cat(items)
+
+    return Batch(
+        tuple(join([batch.args[place] for batch in batches]) for place in range(len(first.args))),
+        {key: join([batch.kwargs[key] for batch in batches]) for key in first.kwargs},
+        join([batch.target for batch in batches]),
+    )
+
+
+def drawn(batches: Sequence[Batch], samples: int, rng: torch.Generator) -> Batch:
+    """One batch of `samples` samples, drawn without repetition; all of them, in order, if there are no more."""
+    everything = joined(batches)
+    if everything.samples <= samples:
+        return everything
+    return taken(everything, torch.randperm(everything.samples, generator=rng)[:samples])
+
+
+def balanced(batches: Sequence[Batch], per_class: int, rng: torch.Generator) -> list[Batch]:
+    """For each class in the labels, in ascending order, a batch of at most `per_class` drawn samples.
+
+    Raises:
+        DataError: there are no labels, or they are not one class index per sample.
+    """
+    everything = joined(batches)
+    target = everything.target
+    if target is None or target.dim() != 1 or target.is_floating_point():
+        raise DataError("classes can only be balanced where every sample has one class index as its label")
+    order = torch.randperm(everything.samples, generator=rng).to(target.device)
+    places = [order[target[order] == label][:per_class] for label in sorted(set(target.tolist()))]
+    return [taken(everything, place) for place in places]
+
+
 def run(model: nn.Module, batch: Batch) -> Any:
     """The model's raw output; a transformers model is asked not to build a key/value cache."""
     return model(*batch.args, **(cacheless(model) | batch.kwargs))
@@ -108,13 +174,18 @@ def token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
     return flat.view(tokens.shape[0], -1)
 
 
-def task_loss(model: nn.Module, batch: Batch) -> Tensor:
+def task_loss(model: nn.Module, batch: Batch, temperature: float = 1.0) -> Tensor:
     """Mean cross entropy: against the target, or against the next tokens for a language model.
+
+    Args:
+        model: gives logits.
+        batch: inputs with class indices, or token ids.
+        temperature: the logits are divided by it.
 
     Raises:
         DataError: there is no target and the inputs are not token ids.
     """
-    logits = forward(model, batch)
+    logits = forward(model, batch) / temperature
     if batch.target is not None:
         return F.cross_entropy(logits.float(), batch.target)
     tokens = next((item for item in batch.tensors if item.dtype == torch.int64 and item.dim() == 2), None)

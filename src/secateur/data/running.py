@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from secateur.core.errors import ModelError
 from secateur.core.method import Batch
 from secateur.core.seeding import seeded
-from secateur.data.batches import cacheless, forward
+from secateur.data.batches import cacheless, forward, taken
 
 
 @contextlib.contextmanager
@@ -89,13 +89,4 @@ def resized(batch: Batch, size: int) -> Batch:
 
     Tensors whose first dimension is not the batch's number of samples are left alone.
     """
-    samples = batch.samples
-    index = torch.arange(size) % samples
-
-    def pick(item: Any) -> Any:
-        per_sample = isinstance(item, Tensor) and item.dim() > 0 and item.shape[0] == samples
-        return item[index.to(item.device)] if per_sample else item
-
-    return Batch(
-        tuple(map(pick, batch.args)), {key: pick(value) for key, value in batch.kwargs.items()}, pick(batch.target)
-    )
+    return taken(batch, torch.arange(size) % batch.samples)
