@@ -190,7 +190,7 @@ class Fitting:
                 if step + 1 in self.also_at:
                     found |= {f"{name}@{step + 1}": value for name, value in self.figures(model).items()}
         tail = losses[-max(1, len(losses) // 10) :]
-        found |= {"train_loss": sum(tail) / len(tail)} if tail else {}
+        found |= {"first_loss": losses[0], "train_loss": sum(tail) / len(tail)} if tail else {}
         return found | self.figures(model)
 
     def figures(self, model: nn.Module) -> dict[str, float]:
