@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.allocate.counts import uniform, with_floor
 from secateur.allocate.spread import Spread, choose
 from secateur.core.budget import Budget, Quantity
 from secateur.core.errors import BudgetError
@@ -33,7 +34,7 @@ class StartSparse(Part):
         keep = floor(self.density * run.units + 1e-9)
         scores = {name: uniform_random(site.shape, run.rng("start", name)) for name, site in run.sites.items()}
         masks = choose(scores, run.sites, Budget(keep, Quantity.UNITS, floor=run.floor), self.spread)
-        _say_floors(run, masks)
+        _say_floors(run, masks, run.floor)
         run.set_masks(masks, "start")
 
 
@@ -52,13 +53,23 @@ class PruneTo(Part):
         self.ramp, self.spread, self.score = ramp, spread, score
 
     def start(self, run: Sparsifier) -> None:
-        """Refuse what cannot be reached."""
+        """Refuse what cannot be reached, now and not in the middle of the training."""
         checked_window(self.ramp.window, run.steps, f"the pruning schedule of {run.order.method}")
         if self.ramp.final > self.ramp.initial:
             raise BudgetError(
                 f"the final density {self.ramp.final:g} is above the initial {self.ramp.initial:g}: pruning only "
                 "removes; lower the final or raise the initial density"
             )
+        sizes = {name: site.units for name, site in run.sites.items()}
+        with_floor(uniform(sizes, run.target), sizes, self.floor(run))
+
+    def floor(self, run: Sparsifier) -> int:
+        """Weights that every layer keeps at every event."""
+        return run.floor
+
+    def ranked(self, run: Sparsifier, name: str) -> Tensor:
+        """One layer's importance for the event at this step, higher = keep."""
+        return self.score(run.weight(name))
 
     def after_step(self, run: Sparsifier) -> None:
         """One event, if it is time."""
@@ -76,12 +87,13 @@ class PruneTo(Part):
         keep = max(run.target, self.wanted(run))
         if keep >= sum(run.masks.kept.values()):
             return
-        scores = {name: self.score(run.weight(name)) for name in run.sites}
+        scores = {name: self.ranked(run, name) for name in run.sites}
         for name, score in scores.items():
             if run.masks.kept[name] < score.numel():
                 scores[name] = score.masked_fill(~run.masks.get(name), GONE)
-        masks = choose(scores, run.sites, Budget(keep, Quantity.UNITS, floor=run.floor), self.spread)
-        _say_floors(run, masks)
+        least = self.floor(run)
+        masks = choose(scores, run.sites, Budget(keep, Quantity.UNITS, floor=least), self.spread)
+        _say_floors(run, masks, least)
         run.set_masks(masks, "prune", asked=keep / run.units)
 
     def finish(self, run: Sparsifier) -> None:
@@ -186,7 +198,7 @@ class Regrow(Part):
         self.averages, self.adaptive = dict(state["averages"]), bool(state["adaptive"])
 
 
-def _say_floors(run: Sparsifier, masks: Mapping[str, Tensor]) -> None:
+def _say_floors(run: Sparsifier, masks: Mapping[str, Tensor], least: int) -> None:
     for name, mask in masks.items():
-        if int(mask.sum()) == run.floor < mask.numel():
-            run.warn(f"layer '{name}' was held at the floor of {run.floor} weights")
+        if int(mask.sum()) == least < mask.numel():
+            run.warn(f"layer '{name}' was held at the floor of {least} weights")
