@@ -28,6 +28,7 @@ class Ends:
         classifier: layer that the plus variants treat apart; None: the last one.
         classifier_density: density of the classifier under `erk_plus`.
         classifier_least: lowest density of the classifier under `uniform_plus`.
+        dense_stem: whether `uniform_plus` leaves the first layer dense at all.
     """
 
     power: float = 1.0
@@ -35,9 +36,12 @@ class Ends:
     classifier: str | None = None
     classifier_density: float = 1.0
     classifier_least: float = 0.2
+    dense_stem: bool = True
 
     def stem_of(self, shapes: Shapes) -> str | None:
         """The layer that stays dense; a linear first layer is no stem and often the largest of all."""
+        if not self.dense_stem:
+            return None
         if self.first is not None:
             return _known(self.first, shapes)
         name = next(iter(shapes))

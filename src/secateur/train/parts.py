@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.allocate.counts import uniform, with_floor
-from secateur.allocate.spread import Spread, choose
+from secateur.allocate.counts import largest_remainder, uniform, with_floor
+from secateur.allocate.ratios import PLAIN, Ends
+from secateur.allocate.spread import Spread, choose, keep_counts, shares
 from secateur.core.budget import Budget, Quantity
 from secateur.core.errors import BudgetError
 from secateur.core.select import keep_top
@@ -24,18 +25,25 @@ GONE = -1.0  # below every magnitude: what is removed is never ranked above what
 
 
 class StartSparse(Part):
-    """A random mask at the start, layer densities by `spread`; its positions depend on seed and layer only."""
+    """A random mask at the start, layer densities by `spread`; its positions depend on seed and layer only.
 
-    def __init__(self, density: float, spread: Spread = Spread.ERK):
-        self.density, self.spread = density, spread
+    Args:
+        density: fraction of all weights that trains from the start; None: what the budget keeps, exactly.
+        spread: from one density to one for each layer.
+        ends: what the rules on shapes leave open.
+    """
+
+    def __init__(self, density: float | None = None, spread: Spread = Spread.ERK, ends: Ends = PLAIN):
+        self.density, self.spread, self.ends = density, spread, ends
 
     def start(self, run: Sparsifier) -> None:
         """Draw and set."""
-        keep = floor(self.density * run.units + 1e-9)
+        keep = run.target if self.density is None else floor(self.density * run.units + 1e-9)
+        if abs(keep - run.target) <= 1:
+            keep = run.target  # a sparsity rounds the other way than a density
         scores = {name: uniform_random(site.shape, run.rng("start", name)) for name, site in run.sites.items()}
-        masks = choose(scores, run.sites, Budget(keep, Quantity.UNITS, floor=run.floor), self.spread)
-        _say_floors(run, masks, run.floor)
-        run.set_masks(masks, "start")
+        masks = choose(scores, run.sites, Budget(keep, Quantity.UNITS, floor=run.floor), self.spread, self.ends)
+        run.set_masks(masks, "start", kept=_counted(run, masks, run.floor))
 
 
 class PruneTo(Part):
@@ -45,12 +53,19 @@ class PruneTo(Part):
 
     Args:
         ramp: density along the training; its last value is what the budget asks for.
-        spread: one ranking over all layers, or the same density in each.
+        spread: one ranking over all layers, or a density for each from their shapes.
         score: weight -> importance.
+        ends: what the rules on shapes leave open.
     """
 
-    def __init__(self, ramp: Ramp, spread: Spread = Spread.GLOBAL, score: Callable[[Tensor], Tensor] = magnitude):
-        self.ramp, self.spread, self.score = ramp, spread, score
+    def __init__(
+        self,
+        ramp: Ramp,
+        spread: Spread = Spread.GLOBAL,
+        score: Callable[[Tensor], Tensor] = magnitude,
+        ends: Ends = PLAIN,
+    ):
+        self.ramp, self.spread, self.score, self.ends = ramp, spread, score, ends
 
     def start(self, run: Sparsifier) -> None:
         """Refuse what cannot be reached, now and not in the middle of the training."""
@@ -62,6 +77,8 @@ class PruneTo(Part):
             )
         sizes = {name: site.units for name, site in run.sites.items()}
         with_floor(uniform(sizes, run.target), sizes, self.floor(run))
+        if self.spread is not Spread.GLOBAL:
+            self.counts(run, run.target)
 
     def floor(self, run: Sparsifier) -> int:
         """Weights that every layer keeps at every event."""
@@ -92,9 +109,17 @@ class PruneTo(Part):
             if run.masks.kept[name] < score.numel():
                 scores[name] = score.masked_fill(~run.masks.get(name), GONE)
         least = self.floor(run)
-        masks = choose(scores, run.sites, Budget(keep, Quantity.UNITS, floor=least), self.spread)
-        _say_floors(run, masks, least)
-        run.set_masks(masks, "prune", asked=keep / run.units)
+        if self.spread is Spread.GLOBAL:
+            masks = choose(scores, run.sites, Budget(keep, Quantity.UNITS, floor=least), self.spread)
+        else:
+            masks = keep_counts(scores, self.counts(run, keep))
+        run.set_masks(masks, "prune", asked=keep / run.units, kept=_counted(run, masks, least))
+
+    def counts(self, run: Sparsifier, keep: int) -> dict[str, int]:
+        """Survivors of each layer by the rule on shapes; none gets more than it has, whatever the rounding."""
+        shapes = {name: site.shape for name, site in run.sites.items()}
+        wanted = shares(self.spread, shapes, keep, self.ends)
+        return with_floor(largest_remainder(wanted, keep, run.masks.kept), run.masks.kept, self.floor(run))
 
     def finish(self, run: Sparsifier) -> None:
         """Nothing is left to do, or training stopped too early."""
@@ -142,7 +167,7 @@ class Regrow(Part):
             scores = self._growth_scores(run, name)
             if scores is None:
                 return  # a refused event leaves every layer as it is
-            if kept < run.sites[name].units:
+            if kept < run.sites[name].units and self._tells(run, name, scores):
                 masks[name] = self.exchanged(run, name, scores)
                 moved += int((masks[name] & ~run.masks.get(name)).sum())
         if masks:
@@ -150,17 +175,14 @@ class Regrow(Part):
 
     def exchanged(self, run: Sparsifier, name: str, growth: Tensor) -> Tensor:
         """The mask after the exchange in one layer."""
-        mask, kept = run.masks.get(name), run.masks.kept[name]
+        kept = run.masks.kept[name]
         leaving = min(ceil(self.rate.at(run.step) * kept), kept)
-        weight = magnitude(run.weight(name)).masked_fill(~mask, GONE)
-        staying = keep_top(weight.reshape(-1), kept - leaving)
-        open_places = growth.reshape(-1).masked_fill(staying, GONE)
-        return (staying | keep_top(open_places, leaving)).view(mask.shape)
+        return exchange(run.weight(name), run.masks.get(name), growth, leaving)
 
     def _growth_scores(self, run: Sparsifier, name: str) -> Tensor | None:
         if self.growth is Growth.RANDOM:
             return uniform_random(run.sites[name].shape, run.rng("grow", name)).to(run.masks.removed[name].device)
-        if self.growth is Growth.MOMENTUM:
+        if self.growth is Growth.MOMENTUM and name in self.averages:
             return self._momentum(name)
         gradient = run.gradient(name)
         if gradient is None:
@@ -170,6 +192,16 @@ class Regrow(Part):
             run.warn(f"step {run.step}: the gradient of '{name}' is NaN or infinite, so nothing was regrown")
             return None
         return gradient.abs().float()
+
+    def _tells(self, run: Sparsifier, name: str, scores: Tensor) -> bool:
+        """Whether the removed weights have gradients: without any, the exchange would go by their index."""
+        found = bool(scores.masked_fill(run.masks.get(name), 0).any())
+        if not found and bool(scores.any()):
+            run.warn(
+                f"the {self.growth} of '{name}' was zero at every removed weight, so nothing was regrown "
+                "there; do not mask gradients, nor weights in the forward pass"
+            )
+        return found
 
     def _remember(self, run: Sparsifier) -> None:
         """Averages of gradients over the steps, of all weights: the optimiser's own are zero where weights are."""
@@ -198,7 +230,31 @@ class Regrow(Part):
         self.averages, self.adaptive = dict(state["averages"]), bool(state["adaptive"])
 
 
-def _say_floors(run: Sparsifier, masks: Mapping[str, Tensor], least: int) -> None:
-    for name, mask in masks.items():
-        if int(mask.sum()) == least < mask.numel():
+def exchange(weight: Tensor, mask: Tensor, growth: Tensor, leaving: int) -> Tensor:
+    """The mask after the `leaving` smallest survivors went and as many places with the largest growth came.
+
+    Whatever is open then competes, also what has just left: it may come back at once.
+
+    Args:
+        weight: one layer's.
+        mask: of its shape, True = keep.
+        growth: of its shape, at least 0.
+        leaving: at most the number of survivors.
+
+    Returns:
+        A mask with as many True as before.
+    """
+    kept = int(mask.sum())
+    scores = magnitude(weight).masked_fill(~mask, GONE)
+    staying = keep_top(scores.reshape(-1), kept - leaving)
+    open_places = growth.reshape(-1).masked_fill(staying, GONE)
+    return (staying | keep_top(open_places, leaving)).view(mask.shape)
+
+
+def _counted(run: Sparsifier, masks: Mapping[str, Tensor], least: int) -> dict[str, int]:
+    """Survivors of each layer; a warning for those that only the floor kept alive."""
+    counts = {name: int(mask.sum()) for name, mask in masks.items()}
+    for name, count in counts.items():
+        if count == least < masks[name].numel():
             run.warn(f"layer '{name}' was held at the floor of {least} weights")
+    return counts
