@@ -214,7 +214,9 @@ class Fitting:
         """
         for group in optimizer.param_groups:
             group["lr"] = self.recipe.rate(step) * group.get("lr_scale", 1.0)
-        torch.manual_seed(generator(self.seed, "dropout", str(step)).initial_seed())  # the same after a resume
+        # the same after a resume; on a CPU without queueing calls for devices that are never used
+        seed = torch.default_generator.manual_seed if device_of(model).type == "cpu" else torch.manual_seed
+        seed(generator(self.seed, "dropout", str(step)).initial_seed())
         optimizer.zero_grad()
         loss = self.loss(model, self.stream.at(step).to(device_of(model)))
         if penalty is not None:
