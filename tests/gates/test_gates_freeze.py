@@ -63,6 +63,7 @@ def test_above_a_threshold_with_a_minimum():
     scores = torch.tensor([0.1, 0.7, 0.5, 0.3])
     assert keep_above(scores, 0.5).tolist() == [False, True, False, False]
     assert keep_above(scores, 0.5, minimum=1).tolist() == [False, True, False, False]
+    assert keep_above(scores, 0.2, minimum=1).tolist() == [False, True, True, True]
     assert keep_above(scores, 0.5, minimum=3).tolist() == [False, True, True, True]
     assert keep_above(scores, 9.0, minimum=1).sum() == 1
     assert keep_above(scores, torch.tensor([0.0, 0.8, 0.0, 0.8])).tolist() == [True, False, True, False]

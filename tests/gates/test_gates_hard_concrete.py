@@ -104,10 +104,10 @@ def test_counted_values_have_the_expected_number_of_zeros():
     value = gate.counted_value(log_alpha)
     soft = 1 / (1 + math.exp(-even * 0.8 * 1.5))
     assert value.tolist() == pytest.approx([0.0] * 4 + [soft] * 4)
-    # values that sigmoid rounds to the same 1 are still ranked by log_alpha
     log_alpha = torch.tensor([60.0, 50.0, -60.0, 70.0])
     assert gate.counted_value(log_alpha).tolist() == [1, 1, 0, 1]
-    log_alpha = torch.cat([torch.full((20,), 40.0) + torch.arange(20) % 3, torch.full((20,), even)])
+    # gates that are certainly open keep their value; half of the undecided ones are closed
+    log_alpha = torch.cat([torch.full((20,), 40.0), torch.full((20,), even)])
     value = gate.counted_value(log_alpha)
     assert int((value == 0).sum()) == 10
     assert (value[:20] == 1).all()

@@ -84,7 +84,6 @@ class HardConcrete:
         """
         closed = round(float((1 - self.open_probability(log_alpha.detach().double())).sum()))
         soft = torch.sigmoid(refuse_nan(log_alpha, "log_alpha") * sharpness / self.beta)
-        # ranked before the sigmoid, which rounds large values to the same 1
         keep = keep_top(log_alpha.reshape(-1), log_alpha.numel() - closed).view(log_alpha.shape)
         return torch.where(keep, soft, torch.zeros_like(soft))
 
