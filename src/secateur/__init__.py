@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from secateur.api import plan as plan
     from secateur.api import sparsify as sparsify
     from secateur.api import study as study
+    from secateur.callbacks import hf_callback as hf_callback
+    from secateur.callbacks import lightning_callback as lightning_callback
     from secateur.core.budget import Budget as Budget
     from secateur.core.errors import SecateurError as SecateurError
     from secateur.core.plan import Plan as Plan
@@ -43,22 +45,30 @@ if TYPE_CHECKING:
     from secateur.shrink.load import load as load
     from secateur.shrink.save import save as save
     from secateur.train.keep import MaskKeeper as MaskKeeper
+    from secateur.train.loop import Fitting as Fitting
+    from secateur.train.loop import Recipe as Recipe
+    from secateur.train.sparsifier import Sparsifier as Sparsifier
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Budget": "core.budget",
     "Dataset": "data.dataset",
+    "Fitting": "train.loop",
     "Job": "lab.prune",
     "MaskKeeper": "train.keep",
     "Plan": "core.plan",
+    "Recipe": "train.loop",
     "SecateurError": "core.errors",
+    "Sparsifier": "train.sparsifier",
     "analyse": "api",
     "apply_": "shrink.apply",
     "compare": "measure",
     "compensate": "recover.bias",
     "export": "shrink.export",
     "fuse_": "shrink.fuse",
+    "hf_callback": "callbacks",
+    "lightning_callback": "callbacks",
     "load": "shrink.load",
     "masked": "shrink.apply",
     "measure_together": "measure",

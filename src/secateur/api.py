@@ -153,6 +153,7 @@ def sparsify(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     progress: Progress | None = None,
+    state: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Sparsifier:
     """Let a method act while your loop trains the model: call it before the loop, `finish()` after it.
@@ -168,6 +169,8 @@ def sparsify(
         include: shell patterns over parameter names that may be pruned.
         exclude: patterns that may not; wins over `include`.
         progress: receives progress; silent by default.
+        state: `sparsifier.state_dict()` of a checkpoint, to go on from there; load the model's and the
+            optimiser's state of the same checkpoint first.
         **settings: the method's own settings.
 
     Raises:
@@ -188,7 +191,7 @@ def sparsify(
         include=tuple(include),
         exclude=tuple(exclude),
     )
-    return Sparsifier(model, optimizer, entry.parts(order, checked), order, progress)
+    return Sparsifier(model, optimizer, entry.parts(order, checked), order, progress=progress, state=state)
 
 
 def study(

@@ -22,6 +22,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def plain(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimiser inside the wrappers of accelerate and Lightning: its hooks fire on every real step."""
+    inner = getattr(optimizer, "optimizer", None)
+    return plain(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
+
+
 class Masks:
     """Which entries of which parameters are removed, and the hand that keeps them zero.
 
@@ -35,6 +41,7 @@ class Masks:
     def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer | None = None):
         self.parameters = dict(parameters)
         self.optimizer = optimizer
+        self.writes = True  # False while a resumed run is set up: weights are as they should be already
         self.removed: dict[str, Tensor] = {
             name: torch.zeros_like(local(p.detach()), dtype=torch.bool) for name, p in self.parameters.items()
         }
@@ -77,6 +84,8 @@ class Masks:
     @torch.no_grad()
     def enforce(self, names: Iterable[str] | None = None) -> None:
         """Zero the removed entries of weights and of every state tensor of the same shape."""
+        if not self.writes:
+            return
         for name in self.parameters if names is None else names:
             parameter, removed = self.parameters[name], self.removed[name]
             if self.kept[name] == parameter.numel():

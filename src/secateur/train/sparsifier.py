@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from secateur.core.budget import Budget
 from secateur.core.errors import BudgetError, ModelError, SettingsError
@@ -24,7 +25,7 @@ from secateur.core.progress import Progress, Silent
 from secateur.core.seeding import generator
 from secateur.core.units import Site, UnitKind
 from secateur.structure.sites import weight_layers
-from secateur.train.masking import Masks, refuse_outsiders, unwrapped
+from secateur.train.masking import Masks, plain, refuse_outsiders, unwrapped
 from secateur.train.part import Part
 from secateur.train.sharding import is_sharded, same_everywhere, whole
 
@@ -88,6 +89,14 @@ class Sparsifier:
         ...  # the loop as it was
         plan = sparsifier.finish()
 
+    Args:
+        model: any module; may be compiled, data-parallel or sharded.
+        optimizer: the one that trains it.
+        parts: what happens, in this order at every hook point.
+        order: what is asked for.
+        progress: receives progress.
+        state: of `state_dict`, to go on; the model's and the optimiser's own states must be loaded already.
+
     Attributes:
         step: optimiser steps that are done.
         steps: optimiser steps of the whole training.
@@ -107,8 +116,11 @@ class Sparsifier:
         optimizer: torch.optim.Optimizer,
         parts: Sequence[Part],
         order: Order,
+        *,
         progress: Progress | None = None,
+        state: Mapping[str, Any] | None = None,
     ):
+        optimizer = plain(optimizer)
         self.model, self.optimizer, self.order = unwrapped(model), optimizer, order
         self.parts, self.progress = list(parts), progress or Silent()
         self.step, self.steps, self.seed = 0, order.steps, order.seed
@@ -121,11 +133,16 @@ class Sparsifier:
         refuse_outsiders(weights, optimizer)
         self.masks = Masks(weights, optimizer)
         self._edited, self._charged, self._closed = False, False, False
+        self.masks.writes = state is None
         for part in self.parts:
             part.start(self)
-        self.masks.enforce()
-        self._project()
-        self._handles = [
+        self.masks.writes = True
+        if state is None:
+            self.masks.enforce()
+            self._project()
+        else:
+            self.load_state_dict(state)
+        self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
@@ -193,7 +210,42 @@ class Sparsifier:
             return torch.stack([term.reshape(()) for term in terms]).sum()
         return torch.zeros((), device=next(self.model.parameters()).device)
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def charge_outputs(self) -> None:
+        """Add the penalty to the loss that the model itself returns in training (`output.loss` of transformers).
+
+        Does nothing for methods without a penalty.
+        """
+        if not any(part.has_penalty for part in self.parts):
+            return
+
+        def add(module: nn.Module, args: Any, output: Any) -> Any:
+            if module.training and torch.is_grad_enabled():
+                if getattr(output, "loss", None) is None:
+                    raise ModelError(
+                        f"{self.order.method} adds a penalty to the loss, but {type(module).__name__} returns none; "
+                        "give it labels, or add sparsifier.penalty() to the loss yourself"
+                    )
+                output.loss = output.loss + self.penalty()
+            return output
+
+        self._handles.append(self.model.register_forward_hook(add))
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        closure = args[0] if args else kwargs.get("closure")
+        if closure is None:
+            self._prepare()
+            return None
+
+        def and_prepare() -> Any:
+            """Forward and backward happen inside of `optimizer.step(closure)`, as in Lightning."""
+            self._edited = False
+            loss = closure()
+            self._prepare()
+            return loss
+
+        return (and_prepare, *args[1:]), {key: value for key, value in kwargs.items() if key != "closure"}
+
+    def _prepare(self) -> None:
         if self.step >= self.steps:
             self.warn(f"training went on after the {self.steps} steps it was planned for; masks stay as they are")
         if not self._charged and any(part.has_penalty for part in self.parts):
