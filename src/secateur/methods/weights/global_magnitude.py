@@ -6,12 +6,16 @@ least `minimum` weights in every layer and takes them from the others, so the to
 
 The official code keeps the k-th smallest (its `>=` prunes one weight fewer), starts its list with an
 uninitialised element, and refines layer sparsities by repeated scaling; `reference` reproduces its
-thresholds and its refinement without the uninitialised element. The paper's gradual variant needs
-training and belongs to the training engine.
+thresholds and its refinement without the uninitialised element.
+
+During training (`sparsify`) the same ranking and the same minimum are applied at every event of a cubic
+schedule (Zhu and Gupta 2017), to the magnitudes of that moment; the paper's gradual variant, for which there is
+no official code. Weight sparsity is not FLOPs sparsity: early convolutions stay denser.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import floor
 
 import torch
@@ -22,11 +26,15 @@ from secateur.allocate.counts import reference_floor
 from secateur.allocate.spread import Spread, choose
 from secateur.core import tags as t
 from secateur.core.budget import Budget
+from secateur.core.errors import SettingsError
 from secateur.core.method import Decision, Group, Method, Protocol, Settings, Task
 from secateur.core.progress import track
 from secateur.core.units import Site, UnitKind
 from secateur.scores.weights import magnitude
 from secateur.structure.sites import weight_layers
+from secateur.train.parts import PruneTo
+from secateur.train.schedules import Ramp, Shape, Window
+from secateur.train.sparsifier import Order, Sparsifier
 
 
 class GlobalMagnitudeSettings(Settings):
@@ -38,6 +46,13 @@ class GlobalMagnitudeSettings(Settings):
     )
     spread: Spread = Field(Spread.GLOBAL, description="one list over all layers (paper), or uniform/erk for comparison")
     reference: bool = Field(False, description="the official code's thresholds: keeps the k-th smallest weight")
+    start: float = Field(0.0, ge=0, lt=1, description="while training: share of the steps before pruning begins")
+    stop: float = Field(0.75, gt=0, le=1, description="while training: share of the steps at the last event")
+    every: int = Field(100, ge=1, description="while training: optimiser steps between two events")
+
+    def least(self, units: int, asked: int) -> int:
+        """Weights that every layer keeps, of `units` in all, where the budget asks for a floor of `asked`."""
+        return max(self.minimum, floor(self.minimum_percent * units / 100), asked)
 
 
 def plan(task: Task, settings: GlobalMagnitudeSettings) -> Decision:
@@ -48,7 +63,7 @@ def plan(task: Task, settings: GlobalMagnitudeSettings) -> Decision:
         _ = layer.matrix  # refuses NaN and infinity, naming the layer
     budget = task.budget.of(UnitKind.WEIGHT)
     everything = sum(score.numel() for score in scores.values())
-    minimum = max(settings.minimum, floor(settings.minimum_percent * everything / 100), budget.floor)
+    minimum = settings.least(everything, budget.floor)
     decision = Decision(sites=found.sites, scores=scores if task.keep_scores else {})
     if settings.reference:
         decision.masks = reference_masks(scores, budget.sparsity, minimum)
@@ -81,6 +96,37 @@ def reference_masks(scores: dict[str, Tensor], sparsity: float, minimum: int) ->
     }
 
 
+class FlooredPruneTo(PruneTo):
+    """Prune along a ramp with the minimum threshold at every event."""
+
+    def __init__(self, ramp: Ramp, settings: GlobalMagnitudeSettings):
+        super().__init__(ramp, settings.spread)
+        self.settings = settings
+
+    def floor(self, run: Sparsifier) -> int:
+        """The minimum threshold, at least one weight."""
+        return self.settings.least(run.units, run.floor)
+
+
+def parts(order: Order, settings: GlobalMagnitudeSettings) -> Sequence[PruneTo]:
+    """The gradual variant: cubic from dense to the budget.
+
+    Raises:
+        SettingsError: the window is empty, or the released thresholds are asked for.
+    """
+    if settings.reference:
+        raise SettingsError("the official code has no gradual variant; leave reference off while training")
+    if settings.stop <= settings.start:
+        raise SettingsError(f"pruning would start at {settings.start:g} and stop at {settings.stop:g} of the training")
+    ramp = Ramp(
+        Window.share(settings.start, settings.stop, order.steps, settings.every),
+        initial=1.0,
+        final=1 - order.budget.sparsity,
+        shape=Shape.CUBIC,
+    )
+    return [FlooredPruneTo(ramp, settings)]
+
+
 method = Method(
     name="global_magnitude",
     paper="15",
@@ -103,6 +149,7 @@ method = Method(
     ),
     settings=GlobalMagnitudeSettings,
     run=plan,
+    parts=parts,
     units=UnitKind.WEIGHT,
     exact=Group.TOTAL,
     patterns=True,
