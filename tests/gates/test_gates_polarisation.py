@@ -79,9 +79,9 @@ def test_polarization_of_scaling_factors_by_hand():
     g = torch.tensor([0.0, 1.0, 2.0, 5.0], dtype=torch.float64, requires_grad=True)  # mean 2
     loss = polarization_regulariser(g, t=1.5)
     assert float(loss.detach()) == pytest.approx(1.5 * 8 - (2 + 1 + 0 + 3))
-    shifted = torch.tensor(
-        [0.3, -1.0, 1.5, 5.0], dtype=torch.float64, requires_grad=True
-    )  # off the kinks; one above the mean, three below
+    # off the kinks, one above the mean of 1.3 and three below, so that the gradient through the mean counts
+    shifted = torch.tensor([0.3, -1.0, 0.9, 5.0], dtype=torch.float64, requires_grad=True)
+    assert polarization_regulariser(shifted, 1.5).item() == pytest.approx(1.5 * 7.2 - 7.4)
     assert torch.autograd.gradcheck(lambda x: polarization_regulariser(x, 1.5), shifted)
     # over layers: one common mean
     parts = [shifted[:1].detach(), shifted[1:].detach().view(1, 3)]
