@@ -161,6 +161,7 @@ class Probe:
         errors = torch.zeros(len(removed), self.dense.shape[0], dtype=torch.float64)
         with borrowed(weight) as original:
             until = self._safe_start(layer)
+            weight.copy_(original)
             work = original.flatten().clone()
             done = removed[0]
             for d, count in enumerate(removed):
@@ -181,7 +182,8 @@ class Probe:
         until = self.first.get(id(layer.module.weight), 0)
         if not until:
             return 0
-        layer.weight.zero_()
+        # other values altogether: behind zeros, a change further up would not be seen
+        layer.weight.copy_(-layer.weight.flatten().flip(0).view_as(layer.weight) / 2)
         return until if torch.equal(self._run(until), self._run(0)) else 0
 
     def _error(self, output: Tensor) -> Tensor:
