@@ -231,7 +231,8 @@ class Sparsifier:
         self._handles.append(self.model.register_forward_hook(add))
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
-        closure = args[0] if args else kwargs.get("closure")
+        itself, *others = args  # torch hands the optimizer over among its own arguments
+        closure = others[0] if others else kwargs.get("closure")
         if closure is None:
             self._prepare()
             return None
@@ -243,7 +244,7 @@ class Sparsifier:
             self._prepare()
             return loss
 
-        return (and_prepare, *args[1:]), {key: value for key, value in kwargs.items() if key != "closure"}
+        return (itself, and_prepare, *others[1:]), {key: value for key, value in kwargs.items() if key != "closure"}
 
     def _prepare(self) -> None:
         if self.step >= self.steps:
