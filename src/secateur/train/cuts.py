@@ -24,6 +24,7 @@ from secateur.core.units import Layout, Site
 from secateur.scores.weights import magnitude
 
 GONE = -1.0  # below every magnitude
+REFERENCE_COUNTS = "reference=True removes at least one weight more per round than asked: the count is not exact"
 CONVOLUTIONS = (Layout.CONV, Layout.CONV_TRANSPOSED)
 
 

@@ -24,7 +24,6 @@ of the data is up to `fit`. Cost: rounds + 1 whole trainings and one per control
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -36,8 +35,9 @@ from secateur.core.method import Group, Method, Protocol
 from secateur.core.progress import track
 from secateur.core.units import UnitKind
 from secateur.train.controls import Shuffle, reinitialised, shuffled
-from secateur.train.cuts import Cuts, CutSettings
-from secateur.train.study import Findings, Level, Masks, RewindSettings, RewindTo, Rounds, State, Study, masked_state
+from secateur.train.cuts import REFERENCE_COUNTS, Cuts, CutSettings
+from secateur.train.study import Findings, Level, Masks, RewindSettings, RewindTo, Rounds, State, Study
+from secateur.train.tickets import dead_layers, gain, level_row, trained_beside
 
 
 class Strategy(StrEnum):
@@ -125,29 +125,12 @@ class _Run:
                 self.add(self.trained(f"{control.value}-{draw}", ticket, state, masks), control.value, draw)
 
     def trained(self, name: str, level: Level, state: State, masks: Masks) -> Level:
-        """One more training of the whole recipe, from the ledger if it is there."""
-        study = self.study
-
-        def make() -> dict[str, Any]:
-            after, metrics = study.trained(state, masks, 0, study.steps)
-            return {"masks": masks, "before": masked_state(state, masks), "after": after, "metrics": metrics}
-
-        return Level(index=level.index, **study.ledger.once(f"{name}-{level.index}", make))
+        """One more training of the whole recipe."""
+        return trained_beside(self.study, f"{name}-{level.index}", level.index, state, masks)
 
     def add(self, level: Level, network: str, draw: int = 0) -> None:
         """One row."""
-        figure = self.settings.stopping or self.study.metric
-        self.rows.append(
-            {
-                "level": level.index,
-                "network": network,
-                "draw": draw,
-                "density": level.density,
-                "kept": sum(int(mask.sum()) for mask in level.masks.values()),
-                "stopped_at": early_stop(level.metrics, figure, self.study.steps),
-                **level.metrics,
-            }
-        )
+        self.rows.append(level_row(self.study, level, network, draw, self.settings.stopping))
 
     def summary(self) -> dict[str, Any]:
         """Dense and last ticket side by side, and the sparsest ticket that is at least as good."""
@@ -165,19 +148,13 @@ class _Run:
 
     def warnings(self, ticket: Level) -> list[str]:
         """What the user should know before relying on the ticket."""
-        found = [
-            f"'{name}' has no weight left: nothing passes"
-            for name, mask in ticket.masks.items()
-            if not bool(mask.any())
-        ]
+        found = dead_layers(ticket.masks) + [REFERENCE_COUNTS] * self.settings.reference
         loss = -gain(ticket.metrics, self.rows[0], self.study.metric)
         if loss > 0:
             found.append(
                 f"the ticket is worse than the dense network by {loss:.4g} in {self.study.metric}; on deep networks "
                 "with a high learning rate rewind to a slightly later step (method rewinding), or keep more weights"
             )
-        if self.settings.reference:
-            found.append("reference=True removes at least one weight more per round than asked; the count is not exact")
         return found
 
 
@@ -185,28 +162,6 @@ def _one_round(settings: LotterySettings) -> LotterySettings:
     if settings.rounds not in (None, 1):
         raise SettingsError(f"one_shot is one round, but rounds={settings.rounds}; leave out one of the two")
     return settings.model_copy(update={"rounds": 1})
-
-
-def gain(row: Mapping[str, Any], other: Mapping[str, Any], metric: str) -> float:
-    """By how much a row is better than another.
-
-    Raises:
-        SettingsError: `fit` gives no such figure.
-    """
-    if metric not in row or metric not in other:
-        raise SettingsError(f"fit gives no figure '{metric}', it gives {sorted(row)}; choose one by metric=...")
-    return float(row[metric] - other[metric]) * (-1 if metric.endswith("loss") else 1)
-
-
-def early_stop(metrics: Mapping[str, float], figure: str, steps: int) -> int | None:
-    """The step with the best of `figure@step` and, for the last step, `figure`; the earliest of equals."""
-    places = {int(name.rpartition("@")[2]): value for name, value in metrics.items() if name.startswith(f"{figure}@")}
-    if not places:
-        return None
-    if figure in metrics:
-        places[steps] = metrics[figure]
-    sign = 1 if figure.endswith("loss") else -1
-    return min(sorted(places), key=lambda step: sign * places[step])
 
 
 method = Method(
