@@ -127,6 +127,68 @@ def prune(
 
 
 @app.command()
+def train(
+    model: Annotated[str | None, typer.Argument(help=f"{MODEL_HELP}; or in the file")] = None,
+    config: Annotated[Path | None, typer.Option(help="a YAML file with any of these names; flags win")] = None,
+    method: Annotated[str | None, typer.Option(help="acts during training: granet, gmp, rigl, ...")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="fraction of the weights to remove, in [0, 1)")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the result; the running state is beside it")] = None,
+    steps: Annotated[int | None, typer.Option(help="optimiser steps of the whole training")] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="how to train, name=value: lr, batch, optimizer, decay, weight_decay, ...")
+    ] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="a setting of the method, name=value")] = None,
+    data: Data = None,
+    minimum: Annotated[int | None, typer.Option(help="every layer keeps at least so many weights")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="only weights that match")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="no weights that match")] = None,
+    from_scratch: Annotated[bool | None, typer.Option("--from-scratch", help="start from new random weights")] = None,
+    validation: Annotated[float | None, typer.Option(help="share of the training data that chooses the best")] = None,
+    evaluate_every: Annotated[int | None, typer.Option(help="optimiser steps between validations")] = None,
+    patience: Annotated[int | None, typer.Option(help="validations on target without a better one, then stop")] = None,
+    tensorboard: Annotated[bool | None, typer.Option("--tensorboard", help="write scalars for TensorBoard")] = None,
+    seed: Annotated[int | None, typer.Option(help="of everything random")] = None,
+    weights: Weights = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    trust_factory: Annotated[bool | None, typer.Option("--trust-factory", help="import a folder's factory")] = None,
+    force: Annotated[bool | None, typer.Option("--force", help="replace an existing output folder")] = None,
+    json: Json = False,
+) -> None:
+    """Train a model while a method makes it sparse; keep the state that is best on validation data.
+
+    Killed? Run the same command again: it goes on where it was.
+
+    `secateur train zoo:digits-mlp --method granet --sparsity 0.95 --steps 1000 --from-scratch --out sparse`
+
+    `secateur train --config run.yaml --out sparse`
+    """
+    from secateur.cli import commands
+
+    flags: dict[str, Any] = {
+        "model": model,
+        "method": method,
+        "sparsity": sparsity,
+        "data": data,
+        "minimum": minimum,
+        "include": tuple(include) if include else None,
+        "exclude": tuple(exclude) if exclude else None,
+        "from_scratch": from_scratch,
+        "validation": validation,
+        "evaluate_every": evaluate_every,
+        "patience": patience,
+        "tensorboard": tensorboard,
+        "seed": seed,
+        "weights": weights,
+        "device": device,
+        "trust_factory": trust_factory,
+        "force": force,
+        "settings": pairs(setting or [], "--set") or None,
+        "recipe": pairs(recipe or [], "--recipe") | ({"steps": steps} if steps is not None else {}) or None,
+    }
+    commands.train(config, {name: value for name, value in flags.items() if value is not None}, out, json)
+
+
+@app.command()
 def inspect(
     model: Model,
     data: Data = None,

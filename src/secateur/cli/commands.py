@@ -20,6 +20,7 @@ from secateur.io.data import open_data
 from secateur.io.models import OpenedModel, open_model
 from secateur.lab import inspect as inspection
 from secateur.lab import prune as job
+from secateur.lab import train as sparse_training
 from secateur.lab.reproduce import Report, run_check
 from secateur.measure import Measurement, measure_together, probe_machine
 from secateur.report import Record, write
@@ -61,6 +62,20 @@ def prune(request: Mapping[str, Any], out: Path | None, dry_run: bool, json: boo
         show.as_json({"out": str(out), "report": str(out / job.PAGE) if record else None, "record": found})
     else:
         assert out is not None
+        _print_result(record, out)
+
+
+def train(config: Path | None, flags: Mapping[str, Any], out: Path | None, json: bool) -> None:
+    """Train sparsely, or go on where a killed run stopped."""
+    asked = sparse_training.read_job(config, flags)
+    if out is None:
+        raise OutputError("give --out DIR for the result")
+    with Bars() as progress:
+        record = sparse_training.train(asked, out, progress)
+    if json:
+        found = record.model_dump(mode="json")
+        show.as_json({"out": str(out), "report": str(out / job.PAGE), "record": found})
+    else:
         _print_result(record, out)
 
 

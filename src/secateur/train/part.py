@@ -22,10 +22,12 @@ class Part:
     Attributes:
         needs_gradients: reads `run.gradient(name)` in `after_step`; dense gradients must be there.
         has_penalty: the loss must contain `sparsifier.penalty()`.
+        ready_at_end: what stays is known only when training is over; no earlier state can be the result.
     """
 
     needs_gradients = False
     has_penalty = False
+    ready_at_end = False
 
     def start(self, run: Sparsifier) -> None:
         """Once, when the sparsifier is attached."""

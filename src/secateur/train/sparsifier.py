@@ -182,6 +182,13 @@ class Sparsifier:
         """Fraction of the weights in the sites that is kept now."""
         return self.masks.density
 
+    @property
+    def on_target(self) -> bool:
+        """Whether the present state could be the result: as sparse as was asked for."""
+        if any(part.ready_at_end for part in self.parts):
+            return False
+        return sum(self.masks.kept.values()) <= self.target
+
     def set_masks(self, masks: Mapping[str, Tensor], what: str, **figures: Any) -> None:
         """New masks, the same on every process, and an entry in the log."""
         for name, keep in same_everywhere(dict(masks)).items():
