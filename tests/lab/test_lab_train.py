@@ -1,0 +1,153 @@
+"""`secateur train`: killed anywhere and resumed, the best state by validation data, early stop, bad input."""
+
+import json
+
+import pytest
+import torch
+
+from secateur.core.errors import BudgetError, DataError, ModelError, SettingsError, UnknownNameError
+from secateur.core.progress import Silent
+from secateur.data.dataset import DataKind, Dataset
+from secateur.lab.train import TrainJob, prepare, read_job, split
+from secateur.train.logs import Log
+from secateur.train.loop import Fitting
+
+
+def job(**more):
+    asked = {
+        "model": "zoo:digits-mlp",
+        "method": "granet",
+        "sparsity": 0.9,
+        "recipe": {"steps": 24, "lr": 0.05, "batch": 32},
+        "settings": {"every": 4},
+        "from_scratch": True,
+        "evaluate_every": 6,
+    }
+    return TrainJob(**{**asked, **more})
+
+
+def run(asked, folder):
+    session, _ = prepare(asked, folder, Silent())
+    session.run(Silent())
+    return session, session.finish()
+
+
+@pytest.mark.parametrize("dies_at", [3, 7, 19])
+def test_a_killed_training_goes_on_and_ends_with_the_same(dies_at, tmp_path, monkeypatch):
+    straight, plan = run(job(), tmp_path / "straight")
+    advance = Fitting.advance
+
+    def dying(self, model, optimizer, step, *more):
+        if step == dies_at:
+            raise KeyboardInterrupt
+        return advance(self, model, optimizer, step, *more)
+
+    monkeypatch.setattr(Fitting, "advance", dying)
+    session, _ = prepare(job(), tmp_path / "killed", Silent())
+    with pytest.raises(KeyboardInterrupt):
+        session.run(Silent())
+    session.log.path.open("a").write('{"step": 99, "cut')  # as a kill may leave it
+    monkeypatch.undo()
+    again, found = run(job(), tmp_path / "killed")
+    assert again.best == straight.best
+    assert all(torch.equal(plan.masks[name], found.masks[name]) for name in plan.masks)
+    for one, other in zip(straight.opened.model.parameters(), again.opened.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert again.log.lines() == straight.log.lines()
+
+
+def test_only_states_on_target_are_candidates_and_validation_chooses(tmp_path):
+    session, plan = run(job(), tmp_path / "run")
+    validations = [line for line in session.log.lines() if "validation_accuracy" in line]
+    assert [line["step"] for line in validations] == [6, 12, 18, 24]
+    on_target = [line for line in validations if line["density"] <= 0.1001]
+    assert 0 < len(on_target) < len(validations)
+    best = max(line["validation_accuracy"] for line in on_target)
+    assert session.best == (best, next(line["step"] for line in on_target if line["validation_accuracy"] == best))
+    assert plan.units()[0] == session.sparsifier.target
+    kept = sum(int((session.opened.model.get_parameter(name) != 0).sum()) for name in plan.sites)
+    assert kept <= plan.units()[0]
+
+
+def test_validation_and_training_share_no_sample():
+    data = Dataset("made", DataKind.IMAGE, torch.arange(50.0)[:, None], torch.zeros(50, dtype=torch.int64))
+    held, rest = split(data, 0.2, seed=3)
+    assert len(held) == 10
+    assert sorted([*held.inputs.flatten().tolist(), *rest.inputs.flatten().tolist()]) == list(range(50))
+    with pytest.raises(DataError, match="leave nothing to validate"):
+        split(data, 0.001, seed=3)
+
+
+def test_early_stop_after_as_many_stale_validations(tmp_path):
+    asked = job(recipe={"steps": 60, "lr": 1e-9, "batch": 32}, patience=2, settings={"every": 4, "stop": 12})
+    session, plan = run(asked, tmp_path / "run")
+    assert session.step < 60
+    assert session.log.lines()[-1] == {"step": session.step, "event": "early stop"}
+    assert plan.units()[0] == session.sparsifier.target
+
+
+def test_other_settings_do_not_resume(tmp_path):
+    prepare(job(), tmp_path / "run", Silent())
+    with pytest.raises(SettingsError, match=r"holds a run with sparsity=0.9, this one has 0.8"):
+        prepare(job(sparsity=0.8), tmp_path / "run", Silent())
+
+
+def test_from_scratch_is_not_the_shipped_model(tmp_path):
+    fresh, _ = prepare(job(), tmp_path / "a", Silent())
+    shipped, _ = prepare(job(from_scratch=False), tmp_path / "b", Silent())
+    again, _ = prepare(job(), tmp_path / "c", Silent())
+    first = [dict(s.opened.model.named_parameters())["3.weight"] for s in (fresh, shipped, again)]
+    assert not torch.equal(first[0], first[1])
+    assert torch.equal(first[0], first[2])
+
+
+def test_a_file_and_flags_make_one_job(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("model: zoo:digits-mlp\nmethod: granet\nsparsity: 0.9\nrecipe:\n  steps: 50\n  lr: 0.1\n")
+    found = read_job(config, {"sparsity": 0.8, "recipe": {"lr": "0.2"}})
+    assert (found.sparsity, found.recipe) == (0.8, {"steps": 50, "lr": "0.2"})
+    assert found.command("out").startswith("secateur train zoo:digits-mlp --method granet --sparsity 0.8 --steps 50")
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "says"),
+    [
+        ("model: a\nmethod: granet\nmodell: x\n", UnknownNameError, "modell.*did you mean model"),
+        ("[1, 2\n", SettingsError, "cannot be read as YAML"),
+        ("- 1\n", SettingsError, "must hold names and values"),
+        ("method: granet\n", SettingsError, "give the model"),
+        ("model: a\nmethod: granet\nvalidation: 2\n", SettingsError, "validation"),
+    ],
+)
+def test_wrong_files_are_refused(text, error, says, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(text)
+    with pytest.raises(error, match=says):
+        read_job(config, {})
+
+
+def test_wrong_requests_are_refused_before_anything_slow(tmp_path):
+    with pytest.raises(ModelError, match="wanda does not act during training"):
+        prepare(job(method="wanda", settings={}), tmp_path / "a", Silent())
+    with pytest.raises(BudgetError, match="give --sparsity"):
+        prepare(job(sparsity=None), tmp_path / "b", Silent())
+    with pytest.raises(UnknownNameError, match="did you mean lr"):
+        prepare(job(recipe={"lrr": 1}), tmp_path / "c", Silent())
+
+
+def test_a_log_goes_on_after_its_step(tmp_path):
+    log = Log(tmp_path)
+    for step in (1, 2, 3):
+        log.write(step, loss=1.0 / step)
+    again = Log(tmp_path, step=2)
+    again.write(3, loss=9.0)
+    assert [line["loss"] for line in again.lines()] == [1.0, 0.5, 9.0]
+    assert [json.loads(line)["step"] for line in again.path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_tensorboard_gets_the_figures(tmp_path):
+    pytest.importorskip("tensorboard")
+    log = Log(tmp_path, tensorboard=True)
+    log.write(1, loss=0.5, event="start")
+    log.close()
+    assert any((tmp_path / "tensorboard").glob("events.*"))
