@@ -1,4 +1,4 @@
-"""The parts that sparse-training methods are composed of: start sparse, prune along a schedule, regrow."""
+"""The parts that sparse-training methods are composed of: start sparse, prune along a schedule, regrow, shrink."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from secateur.core.select import keep_top
 from secateur.scores.weights import magnitude, uniform_random
 from secateur.train.part import Part
 from secateur.train.schedules import CosineRate, Ramp, Window, checked_window
+from secateur.train.sharding import local, parted_like
 from secateur.train.sparsifier import Sparsifier, refuse_unreached
 
 GONE = -1.0  # below every magnitude: what is removed is never ranked above what is kept
@@ -258,3 +259,90 @@ def _counted(run: Sparsifier, masks: Mapping[str, Tensor], least: int) -> dict[s
         if count == least < masks[name].numel():
             run.warn(f"layer '{name}' was held at the floor of {least} weights")
     return counts
+
+
+class SoftShrink(Part):
+    """After every step what a rule calls unimportant shrinks a little; in the end what it names then goes for good.
+
+    Membership is decided anew after each step, so a weight that gets a gradient can come back, and one that does
+    not decays as alpha^j. All other weights keep what the optimiser gave them. The shrinking is written into the
+    weights, outside of autograd. alpha = 0 is iterative hard thresholding.
+
+    Args:
+        until: optimiser steps of the shrinking stage; after the last of them the rule's mask is frozen.
+        alpha: factor of the unimportant weights, in [0, 1]; 1 leaves the shrinking to another part.
+        keep: (run, layer) -> keep-mask of the weight's shape, for this step only.
+        every: steps between two entries in the log.
+
+    Attributes:
+        hold_until: the learning rate should stay at its first value up to this step; the schedule starts then.
+    """
+
+    def __init__(self, until: int, alpha: float, keep: Callable[[Sparsifier, str], Tensor], every: int = 100):
+        self.until, self.alpha, self.keep, self.every = until, alpha, keep, every
+        self.hold_until = until
+        self.seen: dict[str, Tensor] = {}  # masks at the last entry in the log
+        self.rates: list[float] = []
+
+    def start(self, run: Sparsifier) -> None:
+        """Refuse a stage that does not fit."""
+        checked_window(Window(1, self.until), run.steps, f"the shrinking stage of {run.order.method}")
+
+    def before_step(self, run: Sparsifier) -> None:
+        """Watch the learning rate."""
+        rates = [float(group["lr"]) for group in run.optimizer.param_groups]
+        self.rates = self.rates or rates
+        if run.step < self.until and rates != self.rates:
+            run.warn(
+                f"the learning rate changed during the shrinking stage; hold it until step {self.until} and start the "
+                "schedule then (scheduler.step() only if sparsifier.step > hold_until)"
+            )
+
+    def after_step(self, run: Sparsifier) -> None:
+        """Choose anew and shrink; at the end of the stage, remove."""
+        if run.step > self.until:
+            return
+        masks = {name: self.keep(run, name) for name in run.sites}
+        figures = self._figures(run, masks)
+        if run.step == self.until:
+            run.set_masks(masks, "freeze", **figures)
+            return
+        for name, keep in masks.items():
+            self._shrink(run.masks.parameters[name].detach(), keep)
+        if figures:
+            run.log.append({"step": run.step, "what": "shrink", "density": run.density, **figures})
+
+    def _shrink(self, weight: Tensor, keep: Tensor) -> None:
+        if self.alpha < 1:
+            mine = local(weight)
+            mine.copy_(torch.where(parted_like(keep, weight), mine, mine * self.alpha))
+
+    def _figures(self, run: Sparsifier, masks: Mapping[str, Tensor]) -> dict[str, float]:
+        """Weights whose membership differs from the last entry's, and the norm of the step's gradient."""
+        if run.step % self.every and run.step not in (1, self.until):
+            return {}
+        changed = sum(int((masks[name] ^ old.to(masks[name].device)).sum()) for name, old in self.seen.items())
+        self.seen = dict(masks)
+        gradients = [g.float().norm() for name in run.sites if (g := run.gradient(name)) is not None]
+        norm = float(torch.stack(gradients).norm()) if gradients else 0.0
+        return {"changed": changed, "gradient_norm": norm}
+
+    def finish(self, run: Sparsifier) -> None:
+        """Refuse a stage that is not through.
+
+        Raises:
+            BudgetError: training stopped too early.
+        """
+        if run.step < self.until:
+            raise BudgetError(
+                f"training stopped after {run.step} of {run.steps} steps, before the shrinking stage ended at step "
+                f"{self.until}; train on, or plan with fewer steps"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks of the last entry in the log, and the first learning rates."""
+        return {"seen": dict(self.seen), "rates": list(self.rates)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse."""
+        self.seen, self.rates = dict(state["seen"]), list(state["rates"])
