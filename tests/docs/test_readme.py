@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, and its commands exist."""
+"""The Python of the README and of the pages for users runs as it stands, and their commands exist."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from typer.main import get_command
 from secateur.cli.app import app
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ("README.md", "docs/sparse-training.md")
+README = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL) for line in block.splitlines()]
 
 
 def test_there_are_blocks_to_test():
-    assert len(BLOCKS) >= 4
+    assert len(BLOCKS) >= 7
     assert sum(line.startswith("secateur ") for line in COMMANDS) >= 10
 
 
