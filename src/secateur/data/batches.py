@@ -84,33 +84,41 @@ def taken(batch: Batch, index: Tensor) -> Batch:
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
-    """All samples as one batch; what is no tensor is taken from the first.
+    """All samples as one batch; what is not one entry per sample must be the same in all and stays as it is.
 
     Raises:
         DataError: the batches differ in what they hold or in the shape of a sample.
     """
     if len(batches) == 1:
         return batches[0]
-    first = batches[0]
+    first, sizes = batches[0], [batch.samples for batch in batches]
     alike = {(len(batch.args), *sorted(batch.kwargs), batch.target is None) for batch in batches}
     if len(alike) > 1:
         raise DataError("the batches differ in their inputs or only some have labels, so they cannot be joined to one")
-
-    def join(items: list[Any]) -> Any:
-        if not isinstance(items[0], Tensor):
-            return items[0]
-        if len({(item.shape[1:], item.dtype) for item in items}) > 1:
-            shapes = sorted({str(list(item.shape[1:])) for item in items})
-            raise DataError(
-                f"samples of shapes {' and '.join(shapes)} cannot be joined to one batch; pad or resize them"
-            )
-        return torch.cat(items)
-
     return Batch(
-        tuple(join([batch.args[place] for batch in batches]) for place in range(len(first.args))),
-        {key: join([batch.kwargs[key] for batch in batches]) for key in first.kwargs},
-        join([batch.target for batch in batches]),
+        tuple(_joined_item([batch.args[place] for batch in batches], sizes) for place in range(len(first.args))),
+        {key: _joined_item([batch.kwargs[key] for batch in batches], sizes) for key in first.kwargs},
+        _joined_item([batch.target for batch in batches], sizes),
     )
+
+
+def _joined_item(items: list[Any], sizes: list[int]) -> Any:
+    tensors = [item for item in items if isinstance(item, Tensor)]
+    per_sample = [item.dim() > 0 and len(item) == size for item, size in zip(tensors, sizes, strict=False)]
+    if len(tensors) < len(items) or not all(per_sample):
+        if all(_same(item, items[0]) for item in items):
+            return items[0]
+        raise DataError("the batches differ in something that is not per sample, so they cannot be joined to one")
+    if len({(item.shape[1:], item.dtype) for item in tensors}) > 1:
+        shapes = sorted({str(list(item.shape[1:])) for item in tensors})
+        raise DataError(f"samples of shapes {' and '.join(shapes)} cannot be joined to one batch; pad or resize them")
+    return torch.cat(tensors)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and bool(one == other)
 
 
 def drawn(batches: Sequence[Batch], samples: int, rng: torch.Generator) -> Batch:

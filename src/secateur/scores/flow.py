@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from secateur.core.errors import NumericsError
 from secateur.core.method import Batch
-from secateur.data.batches import forward, taken
-from secateur.data.running import device_of
+from secateur.data.batches import taken
+from secateur.data.running import device_of, logits
 
 SYNFLOW_ROUNDS = 100
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
@@ -66,7 +66,8 @@ def synaptic_flow(
         reference: as the official code: biases and running statistics take part, by absolute value.
 
     Raises:
-        NumericsError: (by the function) the flow is too large for float64; names the layer.
+        ModelError: (by the function) the copy cannot be run in float64 on ones.
+        NumericsError: (by the function) the flow is too large for float64 (names the layer), or zero.
     """
     network = linearised(model, reference)
     inputs = all_ones(example).to(device_of(network))
@@ -79,12 +80,14 @@ def synaptic_flow(
             for name, weight, full in zip(names, weights, dense, strict=True):
                 weight.copy_(full * masks[name].to(full.device))
         with torch.enable_grad():
-            flow = forward(network, inputs).sum()
+            flow = logits(network, inputs).sum()
         gradients = torch.autograd.grad(flow, weights, allow_unused=True, materialize_grads=True)
         scores = [(weight.detach() * gradient).abs() for weight, gradient in zip(weights, gradients, strict=True)]
         sick = next((name for name, found in zip(names, scores, strict=True) if not torch.isfinite(found).all()), None)
         if sick is not None:
             raise NumericsError(f"the synaptic flow through layer '{sick}' exceeds float64; scale the weights down")
+        if not any(found.any() for found in scores):
+            raise NumericsError("no synaptic flow passes any layer; a layer of zeros or an activation stops it")
         return dict(zip(names, scores, strict=True))
 
     return score

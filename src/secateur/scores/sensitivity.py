@@ -84,14 +84,14 @@ def snip(
 
     Raises:
         DataError: no labels and no text.
-        NumericsError: a gradient is NaN or infinite; names the layer.
+        NumericsError: a gradient is NaN or infinite (names the layer), or there is none at all.
     """
     network, batch = at_start(model, batch)
     if redraw is not None:
         redraw_xavier(network, names, redraw)
     gradients = weight_gradients(network, [batch], names, progress)
     parameters = dict(network.named_parameters())
-    return {name: taylor(parameters[name].detach(), gradients[name]) for name in names}
+    return _sound({name: taylor(parameters[name].detach(), gradients[name]) for name in names})
 
 
 def halves(
@@ -140,7 +140,7 @@ def grasp(
 
     Raises:
         DataError: no labels and no text.
-        NumericsError: a product is NaN or infinite; names the layer.
+        NumericsError: a product is NaN or infinite (names the layer), or all are zero.
     """
     network, _ = at_start(model, min(parts, key=lambda part: part.samples))
     parts = [like(network, part) for part in parts]
@@ -153,7 +153,7 @@ def grasp(
         products = [_product(task_loss(network, part, temperature), weights, total) for part in parts]
     hg = [torch.stack(pieces).sum(0) for pieces in zip(*products, strict=True)]
     scores = {name: weight.detach() * product for name, weight, product in zip(names, weights, hg, strict=True)}
-    return _finite(scores)
+    return _sound(scores)
 
 
 def _gradient(value: Tensor, weights: list[nn.Parameter], graph: bool = False) -> tuple[Tensor, ...]:
@@ -168,8 +168,10 @@ def _product(loss: Tensor, weights: list[nn.Parameter], fixed: list[Tensor]) -> 
     return _gradient(along, weights)
 
 
-def _finite(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _sound(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not any(score.any() for score in scores.values()):
+        raise NumericsError("no gradient reaches any layer; check that the weights are used and the outputs vary")
     for name, score in scores.items():
         if not torch.isfinite(score).all():
-            raise NumericsError(f"the second derivative at layer '{name}' is NaN or infinite on the given data")
+            raise NumericsError(f"the score of layer '{name}' is NaN or infinite on the given data")
     return dict(scores)

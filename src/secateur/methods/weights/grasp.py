@@ -7,7 +7,7 @@ Scores in the plan are w * (H g): higher = keep.
 
 The official code sorts the batch by class before halving it, so each half holds half of the classes.
 Without batch norm that changes nothing; with it the statistics differ. `reference` does the same; the default
-mixes the classes. It also removes whatever ties with the threshold; counts are exact here.
+mixes the classes. It also keeps the weight at the threshold, so one too few goes; counts are exact here.
 
 At high sparsity one ranking can empty a layer; that is refused unless the budget has a floor.
 """
