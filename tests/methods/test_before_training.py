@@ -238,7 +238,7 @@ def test_a_model_that_no_signal_passes_is_refused(method):
         planned(method, net=Idle(gain=0.0), data=VECTORS)
     patched = Idle()
     patched.forward = Idle(gain=2.0).forward  # a forward of another object: the copy's weights have no part in it
-    with pytest.raises((NumericsError, ModelError), match="any layer|cannot be run"):
+    with pytest.raises((NumericsError, ModelError), match=r"any layer|cannot be run"):
         planned(method, net=patched, data=VECTORS)
 
 
