@@ -79,12 +79,8 @@ class CharacterModel(nn.Module):
         self.blocks = nn.ModuleList(Block(size) for _ in range(size.blocks))
         self.norm = nn.LayerNorm(size.width, bias=False)
         self.head = nn.Linear(size.width, symbols, bias=False)
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.02)
-        for block in self.blocks:
-            for layer in (block.o, block.down):  # so that the stream's variance does not grow with depth
-                nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * size.blocks))
+        for embedding in (self.tokens, self.positions):
+            nn.init.normal_(embedding.weight, std=0.02)  # torch's default of 1 would drown what the blocks add
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits `[batch, positions, symbols]` of ids `[batch, positions]`."""
