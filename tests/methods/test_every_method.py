@@ -56,7 +56,9 @@ def plan_on(module: nn.Module, method: str, model: str, **budget: object) -> Pla
     # one weight per layer at least, so that a global ranking cannot empty a layer
     asked = sc.Budget(SPARSITY.get(METHODS[method].units, 0.6), floor=1)
     budget = budget or {"budget": asked}
-    settings = {"multiple": 1} if METHODS[method].structured else {}  # exact counts, not handy widths
+    settings: dict[str, object] = {"multiple": 1} if METHODS[method].structured else {}  # exact counts
+    if "resolution" in METHODS[method].settings.model_fields:
+        settings["resolution"] = 5  # a forward pass for each layer and step
     return sc.plan(module, method, data=data(model).calibration, keep_scores=True, **budget, **settings)
 
 
