@@ -6,6 +6,7 @@ from secateur.core.tags import Speedup
 from secateur.report.record import (
     BudgetInfo,
     DataInfo,
+    Evenness,
     Latency,
     LatencyRow,
     Layer,
@@ -113,6 +114,7 @@ def digits_resnet() -> Record:
             settings={"minimum_threshold": 0.0, "per_layer": False},
             versions=VERSIONS,
         ),
+        evenness=Evenness(before=0.152, after=0.033),
         latency=Latency(
             rows=[case(1, 0.612, 0.618, "images/s"), case(16, 2.81, 2.79, "images/s")],
             threads=2,

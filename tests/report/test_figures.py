@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from secateur.report import figures as f
 from secateur.report.headline import cards, comparison
-from secateur.report.record import Measure, Pair, Quality
+from secateur.report.record import Evenness, Measure, Pair, Quality
 
 M = "\N{MINUS SIGN}"
 
@@ -100,6 +100,19 @@ def test_quality_changes(unit: str, higher: bool, before: float, after: float, f
     assert (change.figure, change.word) == (figure, word)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "figure", "word"),
+    [
+        (0.152, 0.033, f"{M}0.119", "more even"),
+        (0.033, 0.152, "+0.119", "less even"),
+        (0.1520, 0.1523, "", "unchanged"),
+    ],
+)
+def test_evenness_changes_are_neither_good_nor_bad(before: float, after: float, figure: str, word: str) -> None:
+    change = f.evenness_change(Evenness(before=before, after=after))
+    assert (change.figure, change.word, change.verdict) == (figure, word, "same")
+
+
 def test_verdicts_differ_without_colour() -> None:
     assert len({f.Change("", "", verdict).sign for verdict in f.Verdict}) == len(f.Verdict)
 
@@ -108,6 +121,7 @@ def test_headline_cards() -> None:
     found = {card.name: card for card in cards(samples.digits_resnet())}
     assert list(found) == [
         "Accuracy", "Parameters", "Non-zero parameters", "FLOPs", "Latency, batch 1", "File on disk",
+        "PQ index of kept weights",
     ]  # fmt: skip
     assert (found["Accuracy"].before, found["Accuracy"].after) == ("98.89 %", "98.06 %")
     assert found["Non-zero parameters"].exact == "173,706 to 19,551"
@@ -116,6 +130,6 @@ def test_headline_cards() -> None:
 def test_what_was_not_measured_has_no_card() -> None:
     record = samples.digits_resnet()
     sizes = record.sizes.model_copy(update={"flops": None, "file_bytes": None})
-    bare = record.model_copy(update={"latency": None, "sizes": sizes})
+    bare = record.model_copy(update={"latency": None, "sizes": sizes, "evenness": None})
     assert [card.name for card in cards(bare)] == ["Accuracy", "Parameters", "Non-zero parameters"]
     assert set(comparison([bare])[0]) == {"quality", "nonzeros"}

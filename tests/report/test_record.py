@@ -60,6 +60,7 @@ def test_a_ruined_model_can_be_recorded(value: float) -> None:
         ("latency.rows.0.before", {"median": 2.0, "p10": 2.5, "p90": 3.0}, "latency.rows.0.before"),
         ("quality.before", {"value": 99.0, "interval": [10.0, 20.0]}, "quality.before"),
         ("recovery", None, "recovery"),
+        ("evenness", {"before": 0.1, "after": 1.5}, "evenness.after"),
     ],
 )
 def test_a_false_record_is_refused_and_the_field_named(tmp_path: Path, path: str, value: Any, says: str) -> None:

@@ -67,7 +67,7 @@ def make_record(outcome: Outcome) -> Record:
         structure=structure,
         quality=_quality(outcome),
         sizes=_sizes(outcome),
-        layers=[parts.Layer.of_row(row) for row in plan.table()],
+        layers=_layers(outcome),
         reproduce=parts.Reproduction(
             command=outcome.command,
             python=snippet(outcome.prepared),
@@ -77,6 +77,7 @@ def make_record(outcome: Outcome) -> Record:
         ),
         calibration=parts.DataInfo(**provenance.data) if provenance.data else None,
         latency=_latency(outcome),
+        evenness=_evenness(outcome),
         machine=_machine(outcome.machine),
         recovery=_recovery(outcome),
         warnings=warnings,
@@ -182,6 +183,18 @@ def _sizes(outcome: Outcome) -> parts.Sizes:
         flops_note="one sample; a multiply-add is 2 FLOPs; zeros counted as work",
         weight_bytes=parts.Pair(before=before.weight_bytes, after=after.weight_bytes),
     )
+
+
+def _layers(outcome: Outcome) -> list[parts.Layer]:
+    """The plan's sites with its figures, and the PQ index of the weights left where the site is a weight."""
+    left = outcome.after.evenness.layers if outcome.after.evenness else {}
+    rows = outcome.plan.table()
+    return [parts.Layer.of_row(row | ({"pq_index": left[row["site"]]} if row["site"] in left else {})) for row in rows]
+
+
+def _evenness(outcome: Outcome) -> parts.Evenness | None:
+    before, after = outcome.before.evenness, outcome.after.evenness
+    return parts.Evenness(before=before.total, after=after.total) if before and after else None
 
 
 def weight_files(folder: Path | None) -> int:

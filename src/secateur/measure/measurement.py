@@ -13,6 +13,7 @@ from secateur.core.method import Batch
 from secateur.core.progress import Progress
 from secateur.data.dataset import Dataset
 from secateur.data.running import device_of, resized
+from secateur.measure.evenness import Evenness, evenness
 from secateur.measure.flops import CONVENTION, Flops, count
 from secateur.measure.latency import Latency, latency
 from secateur.measure.memory import Memory, forward_memory
@@ -37,6 +38,7 @@ class Measurement:
         memory: peak of a forward pass at the largest batch size of `latency`.
         quality: accuracy or perplexity with its per-sample values.
         interval: 95 % bootstrap interval of the quality over the samples.
+        evenness: PQ indices of the non-zero weights, p=0.5, q=1.
     """
 
     parameters: int
@@ -49,6 +51,7 @@ class Measurement:
     memory: Memory | None = None
     quality: Quality | None = None
     interval: Interval | None = None
+    evenness: Evenness | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, without the per-sample values."""
@@ -64,6 +67,7 @@ class Measurement:
             "memory": self.memory.to_json() if self.memory else None,
             "quality": self.quality.to_json() if self.quality else None,
             "interval": self.interval.to_json() if self.interval else None,
+            "pq_index": self.evenness.total if self.evenness else None,
         }
 
 
@@ -213,6 +217,7 @@ def _assembled(
         memory=memory,
         quality=scored,
         interval=quality_interval(scored, seed=seed) if scored else None,
+        evenness=evenness(model),
     )
 
 
@@ -240,6 +245,7 @@ def _figures(found: Measurement) -> dict[str, float]:
         "effective_flops": found.effective_flops,
         **{f"latency_ms_batch_{size}": time.median for size, time in (found.latency or {}).items()},
         "peak_memory": found.memory.peak if found.memory else None,
+        "pq_index": found.evenness.total if found.evenness else None,
     }
     if found.quality:
         figures[found.quality.metric.value] = found.quality.value

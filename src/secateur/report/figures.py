@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from math import isfinite, isnan
 
-from secateur.report.record import LatencyRow, Measure, Pair, Quality
+from secateur.report.record import Evenness, LatencyRow, Measure, Pair, Quality
 
 MINUS = "\N{MINUS SIGN}"
 DASH = "\N{EN DASH}"
@@ -116,6 +116,14 @@ def size_change(pair: Pair) -> Change:
         return Change(figure, f"{times(pair.kept)} as large", Verdict.BAD)
     word = f"{times(1 / pair.kept)} smaller" if pair.after else "nothing left"
     return Change(figure, word, Verdict.GOOD)
+
+
+def evenness_change(found: Evenness) -> Change:
+    """A lower index leaves less to prune, a higher one more (Diao et al. 2023); neither is good or bad by itself."""
+    difference = found.after - found.before
+    if abs(difference) < NEGLIGIBLE:
+        return UNCHANGED
+    return Change(signed(difference, 3), "less even" if difference > 0 else "more even", Verdict.SAME)
 
 
 def latency_change(row: LatencyRow) -> Change:

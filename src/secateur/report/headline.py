@@ -9,6 +9,7 @@ from secateur.report.figures import (
     COUNTS,
     OPERATIONS,
     Change,
+    evenness_change,
     latency_change,
     measured,
     milliseconds,
@@ -16,7 +17,7 @@ from secateur.report.figures import (
     short,
     size_change,
 )
-from secateur.report.record import Pair, Record
+from secateur.report.record import Evenness, Pair, Record
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,12 @@ class Card:
 
 
 def cards(record: Record) -> list[Card]:
-    """Quality, parameters, non-zeros, FLOPs, latency of the first case, file size; unmeasured ones are left out."""
+    """Quality, parameters, non-zeros, FLOPs, first latency, file size, evenness; unmeasured ones are left out."""
     found = [_quality(record), *_sizes(record), _latency(record)]
     if record.sizes.file_bytes:
         found.append(_size("File on disk", record.sizes.file_bytes, BYTES))
+    if record.evenness:
+        found.append(_evenness(record.evenness))
     return [card for card in found if card]
 
 
@@ -70,6 +73,16 @@ def _latency(record: Record) -> Card | None:
         after=milliseconds(row.after.median),
         change=latency_change(row),
         exact="median",
+    )
+
+
+def _evenness(found: Evenness) -> Card:
+    return Card(
+        name="PQ index of kept weights",
+        before=f"{found.before:.3f}",
+        after=f"{found.after:.3f}",
+        change=evenness_change(found),
+        exact="p = 0.5, q = 1; 0 = all of equal size",
     )
 
 

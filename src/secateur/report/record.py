@@ -163,6 +163,13 @@ class Sizes(_Part):
     file_bytes: Pair | None = None
 
 
+class Evenness(_Part):
+    """PQ index (p=0.5, q=1) of the weights that are not zero, before and after; 0 = all of equal size."""
+
+    before: Fraction
+    after: Fraction
+
+
 class Timing(_Part):
     """Median, 10th and 90th percentile in milliseconds; throughput in the row's unit."""
 
@@ -265,6 +272,7 @@ class Record(_Part):
     Attributes:
         structure: how the removed units lie: unstructured zeros, N:M, or really cut out.
         calibration: None for methods that look at no data.
+        evenness: how uneven the weights were and those left are; None where there is no linear or convolution layer.
         warnings: sentences the reader must see, e.g. that unstructured zeros are not speed.
         advice: the caller's own sentences on what to try next; `advise` adds its rules.
     """
@@ -281,6 +289,7 @@ class Record(_Part):
     reproduce: Reproduction
     calibration: DataInfo | None = None
     latency: Latency | None = None
+    evenness: Evenness | None = None
     machine: Machine = Machine()
     recovery: RecoveryInfo | None = None
     warnings: list[str] = []
