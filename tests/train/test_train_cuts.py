@@ -74,6 +74,15 @@ def test_survivors_that_are_zero_rank_above_what_is_gone():
         assert all(not (after[name] & ~before[name]).any() for name in SITES)
 
 
+def test_what_is_gone_stays_below_a_survivor_that_is_zero():
+    # ties fall to the lower index, and those gone have the higher ones
+    site = {"w": Site("w", UnitKind.WEIGHT, (10,))}
+    mask = {"w": torch.arange(10) < 8}
+    cuts = Cuts(site, Budget(0.3), CutSettings(rate_output=0.2))
+    assert [counts["w"] for counts in cuts.counts] == [10, 8, 7]
+    assert cuts.masks(2, mask, {"w": torch.zeros(10)})["w"].tolist() == [False, *[True] * 7, False, False]
+
+
 def test_layerwise_keeps_the_largest_of_each_layer_and_global_those_of_all():
     values = weights()
     values["a"] *= 0.01
