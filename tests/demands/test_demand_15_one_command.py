@@ -6,6 +6,7 @@ import pytest
 from cli_runs import good
 
 import secateur as sc
+from secateur.core.method import Protocol
 from secateur.report.record import Record
 
 FIVE_LINES = """
@@ -22,11 +23,27 @@ record = sc.prune(job, "whole-job")
 """
 
 
-@pytest.mark.parametrize("method", sorted(sc.methods()))
+BY_PROTOCOL = {
+    protocol: [n for n, m in sorted(sc.methods().items()) if protocol in m.protocols] for protocol in Protocol
+}
+
+
+@pytest.mark.parametrize("method", BY_PROTOCOL[Protocol.PLAN])
 def test_one_command_for_every_method(place, method):
-    out = f"one-{method}"
     words = ["prune", "lm", "--method", method, "--sparsity", "0.5", "--minimum", "1", "--data", "text.txt"]
-    done = good(*words, "--out", out)
+    check_result(place, method, good(*words, "--out", f"one-{method}"))
+
+
+@pytest.mark.parametrize("method", ["granet", "gmp", "rigl", "set", "static"])
+def test_one_command_for_every_method_that_trains(place, method):
+    words = ["train", "lm", "--method", method, "--sparsity", "0.5", "--minimum", "1", "--data", "text.txt"]
+    words += ["--steps", "12", "--evaluate-every", "4", "--recipe", "lr=0.01", "--recipe", "batch=4"]
+    words += [] if method == "static" else ["--set", "every=2"]
+    check_result(place, method, good(*words, "--out", f"one-{method}"))
+
+
+def check_result(place, method, done):
+    out = f"one-{method}"
     assert "saved in" in done.out
     assert "perplexity" in done.out
     assert len(done.out.splitlines()) < 20  # a result, not a log

@@ -8,25 +8,22 @@ import pytest
 
 from secateur import api
 from secateur.cli import main
-from secateur.core.errors import UnknownNameError
+from secateur.core.errors import DataError, SettingsError, UnknownNameError
 from secateur.core.method import Protocol
 from secateur.lab import reproduce
-from secateur.lab.reproduce import Check, Expectation, Sample, find_check, known_checks, run_check
+from secateur.lab.reproduce import Check, Expectation, FullCheck, Sample, Scale, find_check, known_checks, run_check
 from secateur.measure import interval
 
 TRAINED = {name for name, method in api.methods().items() if method.kind is not Protocol.PLAN}
 SLOW = {"global_magnitude", "grasp", "random", "rd", "snip", "synflow"} | TRAINED  # these train networks
-UNWRITTEN = {"bip", "gmp", "granet", "iss", "journey", "plasticity", "rigl", "set", "static"}  # must become empty
 FIELDS = {"quantity", "baseline", "random_control", "value", "interval", "threshold", "seeds", "passed"}
 
 
 def test_every_method_has_a_check():
-    assert set(known_checks()) | UNWRITTEN == set(api.methods())
+    assert set(known_checks()) == set(api.methods())
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in known_checks()]
-)
+@pytest.mark.parametrize("name", sorted(set(known_checks()) - SLOW))
 def test_the_method_s_claims_show_for_one_seed(name):
     found = run_check(name, seeds=1)
     failed = [(claim.quantity, claim.value, claim.threshold) for claim in found.claims if not claim.passed]
@@ -167,3 +164,76 @@ def test_the_command_takes_hyphens_and_refuses_unknown_names(monkeypatch, capsys
     assert code == 2
     assert "did you mean wanda" in said.err
     assert not said.out
+
+
+# --- full scale -----------------------------------------------------------------------------------
+
+
+class Large:
+    """A full check of one claim whose trainings are counted, and killed before a seed."""
+
+    def __init__(self, monkeypatch, killed_at=None, conditions="Two networks."):
+        self.trained, self.killed_at = [], killed_at
+        claims = {"claim": Expectation("points", "> 1", "both")}
+        check = Check(claims, lambda seed, progress: {}, FullCheck(claims, self.run, conditions))
+        monkeypatch.setattr(reproduce, "find_check", lambda name: check)
+
+    def run(self, seed, progress, ledger):
+        return {"claim": Sample(ledger.once(f"net-seed{seed}", lambda: self.train(seed)), 0.5, 0.25)}
+
+    def train(self, seed):
+        if seed == self.killed_at:
+            raise KeyboardInterrupt
+        self.trained.append(seed)
+        return seed + 1.5
+
+
+def test_the_full_scale_goes_on_where_it_was_killed(monkeypatch, tmp_path):
+    Large(monkeypatch)
+    straight = run_check("wanda", 3, scale=Scale.FULL)
+    first = Large(monkeypatch, killed_at=2)
+    with pytest.raises(KeyboardInterrupt):
+        run_check("wanda", 3, scale=Scale.FULL, folder=tmp_path / "runs")
+    second = Large(monkeypatch)
+    found = run_check("wanda", 3, scale=Scale.FULL, folder=tmp_path / "runs")
+    assert (first.trained, second.trained) == ([0, 1], [2])
+    assert found == straight
+    assert found.scale is Scale.FULL
+    assert found.claims[0].values == [1.5, 2.5, 3.5]
+    Large(monkeypatch, conditions="Three networks.")
+    with pytest.raises(SettingsError, match="Three networks"):
+        run_check("wanda", 3, scale=Scale.FULL, folder=tmp_path / "runs")
+
+
+def test_only_some_methods_have_a_full_scale():
+    with pytest.raises(SettingsError, match=r"no check at full scale; these have one: bip, .*lottery"):
+        run_check("wanda", 1, scale=Scale.FULL)
+
+
+@pytest.mark.parametrize(("name", "variable"), [("lottery", "SECATEUR_DATA"), ("granet", "SECATEUR_MODELS")])
+def test_the_full_scale_says_which_folder_is_missing(monkeypatch, tmp_path, name, variable):
+    monkeypatch.setenv(variable, str(tmp_path))
+    with pytest.raises(DataError, match=f"{variable}='{tmp_path}' names no folder"):
+        run_check(name, 1, scale=Scale.FULL)
+
+
+def test_the_command_writes_a_page_and_numbers(monkeypatch, capsys, tmp_path):
+    large = Large(monkeypatch)
+    code, said = command(monkeypatch, capsys, "wanda", "--scale", "full", "--out", str(tmp_path), "--json")
+    assert code == 0
+    assert large.trained == [0, 1, 2]
+    page = (tmp_path / "wanda.md").read_text()
+    assert "# wanda, full scale: every claim shows" in page
+    assert "Two networks." in page
+    assert "| points | 2.5 | 0.01586 to 4.984 | 0.5 | 0.25 | > 1 | both | yes |" in page
+    assert json.loads((tmp_path / "wanda.json").read_text()) == json.loads(said.out)
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [(["--scale", "huge"], "unknown scale 'huge'"), (["--keep", "runs"], "--keep is for --scale full")],
+)
+def test_wrong_options_of_the_command(monkeypatch, capsys, words, error):
+    code, said = command(monkeypatch, capsys, "wanda", *words)
+    assert code == 2
+    assert error in said.err

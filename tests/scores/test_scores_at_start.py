@@ -15,7 +15,7 @@ from secateur.core.progress import Silent
 from secateur.core.seeding import generator
 from secateur.core.select import keep_global
 from secateur.scores.flow import all_ones, linearised, synaptic_flow
-from secateur.scores.sensitivity import grasp, halves, snip
+from secateur.scores.sensitivity import grasp, halves, redraw_xavier, snip
 
 NAMES = ["0.weight", "2.weight"]
 
@@ -350,3 +350,9 @@ def test_an_overflowing_flow_names_the_layer():
             layer.weight.fill_(1e30)
     with pytest.raises(NumericsError, match=r"layer '0\.weight' exceeds float64"):
         flow_of(model, ["0.weight", "5.weight"], Batch((torch.zeros(1, 2),)))
+
+
+def test_layers_of_one_shape_are_redrawn_apart():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    redraw_xavier(model, ["0.weight", "1.weight"], lambda name: generator(0, name))
+    assert not torch.equal(model[0].weight, model[1].weight)

@@ -373,17 +373,27 @@ def report(
 def reproduce(
     name: Annotated[str, typer.Argument(help="a method")],
     seeds: Annotated[int, typer.Option(help="number of seeds", min=1)] = 3,
+    scale: Annotated[
+        str,
+        typer.Option(help="small, or full: the paper's, with the folders SECATEUR_DATA and SECATEUR_MODELS"),
+    ] = "small",
+    out: Annotated[Path | None, typer.Option(help="folder for NAME.md and NAME.json", metavar="DIR")] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="folder for what the full scale trains; a killed run goes on", metavar="DIR")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Run a method's small-scale check: does the paper's central claim show, against baseline and random?
+    """Run a method's check: does the paper's central claim show, against baseline and random?
 
     Exit code 1 if a claim does not show.
 
     `secateur reproduce wanda --seeds 3`
+
+    `secateur reproduce lottery --scale full --seeds 5 --keep runs --out evidence`
     """
     from secateur.cli import commands
 
-    commands.reproduce(name, seeds, json)
+    commands.reproduce(name, seeds, scale, out, keep, json)
 
 
 @zoo_app.command("list")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from secateur import api, zoo
 from secateur.cli import show, structure
 from secateur.cli.progress import Bars
 from secateur.core import catalogue
-from secateur.core.errors import DataError, OutputError, PlanError
+from secateur.core.errors import DataError, OutputError, PlanError, SettingsError, UnknownNameError
 from secateur.core.method import Batch
 from secateur.core.plan import DOCUMENT, Plan
 from secateur.core.tags import axes
@@ -21,10 +22,11 @@ from secateur.io.models import OpenedModel, open_model
 from secateur.lab import inspect as inspection
 from secateur.lab import prune as job
 from secateur.lab import train as sparse_training
-from secateur.lab.reproduce import Report, run_check
+from secateur.lab.reproduce import Report, Scale, run_check
 from secateur.measure import Measurement, measure_together, probe_machine
 from secateur.report import Record, write
 from secateur.report.lanes import write_structure
+from secateur.report.page import put
 from secateur.shrink.apply import apply_ as apply_to
 from secateur.shrink.export import ExportReport, export
 from secateur.shrink.folder import CARD, OWN, read_config
@@ -317,10 +319,17 @@ def report(folders: list[Path], out: Path | None, json: bool) -> None:
         show.say(f"report: {written}")
 
 
-def reproduce(name: str, seeds: int, json: bool) -> None:
+def reproduce(name: str, seeds: int, scale: str, out: Path | None, keep: Path | None, json: bool) -> None:
     """A method's claims; exit code 1 if one does not show."""
+    if scale not in list(Scale):
+        raise UnknownNameError("scale", scale, list(Scale))
+    if keep is not None and scale == Scale.SMALL:
+        raise SettingsError("--keep is for --scale full; the small scale takes minutes and keeps nothing")
     with Bars() as progress:
-        found = run_check(api.find_method(name).name, seeds, progress)
+        found = run_check(api.find_method(name).name, seeds, progress, scale=Scale(scale), folder=keep)
+    if out is not None:
+        put(found.to_markdown(), out / f"{found.name}.md")
+        put(dumps(found.to_json(), indent=1, sort_keys=True) + "\n", out / f"{found.name}.json")
     if json:
         show.as_json(found.to_json())
     else:

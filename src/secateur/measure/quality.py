@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from secateur.core.errors import DataError
 from secateur.core.method import Batch
 from secateur.core.progress import Progress, Silent, track
-from secateur.data.batches import token_losses
+from secateur.data.batches import task_loss, token_losses
 from secateur.data.dataset import DataKind, Dataset
-from secateur.data.running import evaluating, logits
+from secateur.data.running import device_of, evaluating, logits
 
 
 class Metric(StrEnum):
@@ -143,6 +143,19 @@ def perplexity(model: nn.Module, dataset: Dataset, batch_size: int = 8, progress
         return token_losses(out, tokens.to(out.device)).double().mean(1)
 
     return _scored(model, dataset, Metric.PERPLEXITY, batch_size=batch_size, score=score, progress=progress)
+
+
+def mean_loss(model: nn.Module, dataset: Dataset, batch_size: int = 256) -> float:
+    """Mean cross entropy over all samples in eval mode, statistics of batch norms as they are; in nats.
+
+    Raises:
+        DataError: images without labels.
+    """
+    with evaluating(model):
+        losses = (
+            task_loss(model, batch.to(device_of(model))).item() * batch.samples for batch in dataset.batches(batch_size)
+        )
+        return sum(losses) / len(dataset)
 
 
 def _scored(

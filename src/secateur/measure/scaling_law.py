@@ -24,6 +24,7 @@ Array = NDArray[np.float64]
 DELTA = 1e-3  # where the Huber loss of a log residual turns linear
 FEWEST = 6  # runs: one more than there are coefficients
 BOOTSTRAPS = 100
+STARTS = 16  # of the grid, the best ones
 EXPONENTS = (0.1, 0.3, 0.6, 1.0)  # starts of alpha and beta
 PORTIONS = (0.05, 0.3)  # starts of the share of the loss that each reducible term makes at a typical run
 
@@ -78,7 +79,8 @@ def fit_scaling_law(runs: Sequence[TrainingRun], seed: int = 0) -> ScalingLaw:
     n, d, loss = (np.log([getattr(run, name) for run in runs]) for name in ("parameters", "tokens", "loss"))
     shift = n.mean(), d.mean()  # centred logs: exponents and factors hardly depend on each other then
     x = n - shift[0], d - shift[1]
-    best = min((_minimise(start, *x, loss) for start in _starts(loss)), key=lambda found: found[1])[0]
+    starts = sorted(_starts(loss), key=lambda start: _objective(start, *x, loss)[0])[:STARTS]
+    best = min((_minimise(start, *x, loss) for start in starts), key=lambda found: found[1])[0]
     residuals = loss - _log_loss(best, *x)
     spread = _bootstrap(best, x, residuals, seed)
     fits = np.array([_named(theta, shift) for theta in spread])

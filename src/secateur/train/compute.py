@@ -134,8 +134,13 @@ def plan_steps(
 ) -> ComputePlan:
     """The same plan from the other side: given T, when to prune. Arguments and errors as `plan_compute`."""
     budget = steps / _stretch(sparsity, start, stop, shape)
+    if shape is Shape.CONSTANT:
+        return matched_plan(steps, budget, sparsity, first=1, every=every, shape=shape)
+    end = start * budget + (stop - start) * budget / mean_density(1 - sparsity, shape)
     first = max(1, round(start * budget / every)) * every  # nothing can happen before the first step
-    return matched_plan(steps, budget, sparsity, first=first, every=every, shape=shape)
+    last = round(end / every) * every
+    _refuse(not first < last <= steps, steps, every, f"pruning would last from step {start * budget:.0f} to {end:.0f}")
+    return ComputePlan(Ramp(Window(first, last, every), 1.0, 1 - sparsity, shape, from_first=True), steps, budget)
 
 
 def matched_plan(

@@ -167,7 +167,15 @@ class Fitting:
 
     def reordered(self, seed: int) -> Fitting:
         """The same training with another order of the data."""
-        return Fitting(self.data, self.recipe, self.evaluate, seed=seed, augment=self.augment, progress=self.progress)
+        return Fitting(
+            self.data,
+            self.recipe,
+            self.evaluate,
+            seed=seed,
+            augment=self.augment,
+            also_at=self.also_at,
+            progress=self.progress,
+        )
 
     def __call__(
         self, model: nn.Module, masks: Mapping[str, Tensor] | None = None, start: int = 0, stop: int | None = None

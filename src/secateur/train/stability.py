@@ -58,8 +58,8 @@ def _barrier(study: Study, level: Level, other: Level, shares: Sequence[float]) 
     return barrier(level.after, other.after, error, reestimated if "reestimate" in study.extras else None, shares)
 
 
-def reordered(study: Study) -> Fit:
-    """The same training with another order of the data.
+def reordered(study: Study, *draw: str) -> Fit:
+    """The same training with another order of the data, and another one for every `draw`.
 
     Raises:
         SettingsError: nobody said how.
@@ -67,8 +67,8 @@ def reordered(study: Study) -> Fit:
     make = study.extras.get("reordered") or getattr(study.fit, "reordered", None)
     if make is None:
         raise SettingsError(
-            "stability needs the same training with another order of the data: give fit a method reordered(seed), or "
+            "this needs the same training with another order of the data: give fit a method reordered(seed), or "
             "extras={'reordered': seed -> fit}"
         )
-    fit: Fit = make(study.rng("order").initial_seed())
+    fit: Fit = make(study.rng("order", *draw).initial_seed())
     return fit

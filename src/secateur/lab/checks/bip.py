@@ -17,6 +17,7 @@ from secateur.core.budget import Budget, Quantity
 from secateur.core.plan import Plan
 from secateur.core.progress import Progress
 from secateur.core.seeding import seeded
+from secateur.lab.checks._cifar import comparison
 from secateur.lab.checks._digits import digits, mlp
 from secateur.lab.checks._training import accuracy_of, fitting, sparse_trained
 from secateur.lab.reproduce import Check, Expectation, Sample
@@ -94,4 +95,4 @@ def _prune_and_train(model: nn.Module, density: float, plan: Callable[[Budget], 
     return fit.steps
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, comparison("bip"))

@@ -9,6 +9,7 @@ from torch import nn
 
 from secateur import api
 from secateur.core.progress import Progress
+from secateur.lab.checks._cifar import comparison
 from secateur.lab.checks._digits import recovered_accuracy, trained
 from secateur.lab.reproduce import Check, Expectation, Sample
 
@@ -86,4 +87,4 @@ def miscount(model: nn.Module, sparsity: float, seed: int, **settings: Any) -> i
     return abs(kept - (total - int(sparsity * total + 1e-9)))
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, comparison("global_magnitude"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from secateur.core.progress import Progress
+from secateur.lab.checks._cifar import comparison
 from secateur.lab.checks._sparse_mlp import EVERY, STEPS, miscount, points, trained
 from secateur.lab.reproduce import Check, Expectation, Sample
 
@@ -42,4 +43,4 @@ def stopped_early(total: int) -> int:
     return int(total * density) - 1
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, comparison("granet"))

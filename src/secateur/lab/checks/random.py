@@ -15,6 +15,7 @@ from torch import nn
 from secateur.core.plan import Plan
 from secateur.core.progress import Progress
 from secateur.lab.checks._at_start import conv_net, planned, trained_accuracy
+from secateur.lab.checks._cifar import random_comparison
 from secateur.lab.reproduce import Check, Expectation, Sample
 
 RULES = ("uniform", "uniform_plus", "er", "erk", "erk_plus", "global", "snip", "grasp", "synflow")
@@ -94,4 +95,4 @@ def _exact(net: nn.Module, seed: int) -> Sample:
     return Sample(float(sum(miscount(spread=spread) for spread in RULES)), loose, loose)
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, random_comparison())

@@ -22,6 +22,7 @@ from secateur.core.seeding import generator, seeded
 from secateur.core.select import keep_global
 from secateur.data.dataset import Dataset
 from secateur.data.running import evaluating
+from secateur.lab.checks._cifar import comparison
 from secateur.lab.checks._digits import digits
 from secateur.lab.reproduce import Check, Expectation, Sample
 from secateur.measure import accuracy
@@ -208,4 +209,4 @@ def additivity(model: nn.Module, data: Dataset, seed: int, progress: Progress) -
     }
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, comparison("rd"))

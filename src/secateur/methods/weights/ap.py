@@ -177,10 +177,11 @@ class Cycles:
         model = self.study.model()
         put_back(model, masked_state(state, masks))
         units = sum(site.units for site in self.sites.values())
-        found = dict(host(model, 1 - keep / units, masks))
+        given = host(model, 1 - keep / units, masks)
         for name, mask in masks.items():
-            if name not in found or bool((found[name] & ~mask).any()):
+            if name not in given or bool((given[name] & ~mask).any()):
                 raise ModelError(f"the host gave no mask for '{name}', or brought removed weights of it back")
+        found = {name: given[name] for name in masks}
         if _count(found) != keep:
             raise ModelError(
                 f"the host kept {_count(found)} weights instead of {keep}; AP needs one that is exact over all layers"
