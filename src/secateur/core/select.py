@@ -6,7 +6,7 @@ index go first (what a stable ascending sort would do). A threshold alone cannot
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 
 import numpy as np
@@ -81,19 +81,20 @@ def keep_global(scores: Mapping[str, Tensor], keep: int) -> dict[str, Tensor]:
     flat = {name: score.detach().reshape(-1) for name, score in scores.items()}
     threshold = _kth_of_all([part for part in flat.values() if part.numel()], total - keep, dtype)
     masks = {name: part.to(dtype) > threshold for name, part in flat.items()}
-    missing = keep - sum(int(mask.sum()) for mask in masks.values())
+    missing = keep - sum(int(torch.count_nonzero(mask)) for mask in masks.values())
     if missing:
-        _add_ties(masks, {name: part.to(dtype) == threshold for name, part in flat.items()}, missing)
+        _add_ties(masks, lambda name: flat[name].to(dtype) == threshold, missing)
     return {name: mask.view(scores[name].shape) for name, mask in masks.items()}
 
 
-def _add_ties(masks: Mapping[str, Tensor], tied: Mapping[str, Tensor], missing: int) -> None:
+def _add_ties(masks: Mapping[str, Tensor], tied: Callable[[str], Tensor], missing: int) -> None:
     """Add the last `missing` of the tied units, so that the ones with the lower index go first."""
-    gone = sum(int(ties.sum()) for ties in tied.values()) - missing
-    for name, ties in tied.items():
-        count = int(ties.sum())
-        masks[name].logical_or_(ties & (ties.cumsum(0) > gone))
-        gone = max(0, gone - count)
+    for name in reversed(masks):
+        places = tied(name).nonzero()[-missing:, 0]
+        masks[name][places] = True
+        missing -= len(places)
+        if not missing:
+            return
 
 
 SAMPLE, CHUNK = 1 << 16, 1 << 22
@@ -111,9 +112,9 @@ def _kth_of_all(parts: Sequence[Tensor], k: int, dtype: torch.dtype) -> Tensor:
     high = sample[int(min(len(sample) - 1, place + spread))]
     below, inside, at_low, at_high = 0, [], 0, 0
     for chunk in (piece.to(dtype) for part in parts for piece in torch.split(part, CHUNK)):
-        below += int((chunk < low).sum())
-        at_low += int((chunk == low).sum())
-        at_high += int((chunk == high).sum())
+        below += int(torch.count_nonzero(chunk < low))
+        at_low += int(torch.count_nonzero(chunk == low))
+        at_high += int(torch.count_nonzero(chunk == high))
         inside.append(chunk[(chunk > low) & (chunk < high)])
     found = torch.cat(inside)
     if not below < k <= below + at_low + len(found) + at_high:  # an order in which a strided sample misleads
