@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
-from statistics import fmean, pstdev
+from math import sqrt
+from statistics import fmean
 
 from secateur.train.tickets import early_stop
 
@@ -36,7 +37,7 @@ def endings(metrics: Mapping[str, float], metric: str, steps: int, tail: int = 5
         Ending.LAST.value: {name: metrics[name] for name in names},
         Ending.MEAN.value: {name: fmean(values) for name, values in tails.items()},
         Ending.BEST.value: {name: metrics.get(f"{name}@{best}", metrics[name]) for name in names},
-        "std": {name: pstdev(values) for name, values in tails.items()},
+        "std": {name: _deviation(values) for name, values in tails.items()},
     }
 
 
@@ -44,3 +45,8 @@ def _last(metrics: Mapping[str, float], name: str, steps: int, tail: int) -> lis
     places = {int(key.rpartition("@")[2]): value for key, value in metrics.items() if key.startswith(f"{name}@")}
     places[steps] = metrics[name]
     return [places[step] for step in sorted(places)][-tail:]
+
+
+def _deviation(values: list[float]) -> float:
+    mean = fmean(values)  # infinite values, those of a dead network, give NaN
+    return sqrt(fmean((value - mean) ** 2 for value in values))

@@ -143,6 +143,7 @@ class Fitting:
         augment: as for `Stream`.
         also_at: steps after which figures are taken as well, reported as `accuracy@100`.
         progress: where to report.
+        stage: name of the work there and in errors.
     """
 
     def __init__(
@@ -155,8 +156,9 @@ class Fitting:
         augment: Augment | None = None,
         also_at: Sequence[int] = (),
         progress: Progress | None = None,
+        stage: str = "training",
     ):
-        self.data, self.recipe, self.evaluate, self.seed = data, recipe, evaluate, seed
+        self.data, self.recipe, self.evaluate, self.seed, self.stage = data, recipe, evaluate, seed, stage
         self.augment, self.also_at, self.progress = augment, tuple(also_at), progress or Silent()
         self.stream = Stream(data, recipe.batch, seed, augment)
 
@@ -193,7 +195,7 @@ class Fitting:
         losses: list[float] = []
         found: dict[str, float] = {}
         with training(model, self.seed), MaskKeeper(model, masks or {}, optimizer):
-            for step in track(range(start, stop), self.progress, "training"):
+            for step in track(range(start, stop), self.progress, self.stage):
                 losses += [self.advance(model, optimizer, step)]
                 if step + 1 in self.also_at:
                     found |= {f"{name}@{step + 1}": value for name, value in self.figures(model).items()}
@@ -230,7 +232,7 @@ class Fitting:
         if penalty is not None:
             loss = loss + penalty()
         if not torch.isfinite(loss):
-            raise NumericsError(f"the loss is {loss.item()} at training step {step}; lower lr")
+            raise NumericsError(f"the loss is {loss.item()} at {self.stage} step {step}; lower lr")
         torch.autograd.backward(loss)
         if self.recipe.clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), self.recipe.clip)
