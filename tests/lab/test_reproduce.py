@@ -15,7 +15,15 @@ from secateur.lab.reproduce import Check, Expectation, FullCheck, Sample, Scale,
 from secateur.measure import interval
 
 TRAINED = {name for name, method in api.methods().items() if method.kind is not Protocol.PLAN}
-SLOW = {"global_magnitude", "grasp", "random", "rd", "snip", "synflow"} | TRAINED  # these train networks
+SLOW = {
+    "channel_norm",
+    "global_magnitude",
+    "grasp",
+    "random",
+    "rd",
+    "snip",
+    "synflow",
+} | TRAINED  # these train networks
 FIELDS = {"quantity", "baseline", "random_control", "value", "interval", "threshold", "seeds", "passed"}
 
 

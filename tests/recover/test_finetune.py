@@ -12,9 +12,9 @@ from secateur.core.plan import Plan
 from secateur.core.progress import Silent
 from secateur.data.dataset import DataKind, Dataset
 from secateur.recover import Request, find
-from secateur.recover.finetune import factor
 from secateur.shrink.apply import apply_
 from secateur.train.keep import MaskKeeper
+from secateur.train.loop import Recipe
 
 
 def network(seed=0):
@@ -216,14 +216,13 @@ def test_a_broken_loss_is_refused_with_its_step():
 
 
 def test_the_learning_rate_rises_then_falls_along_a_cosine():
-    values = [factor(step / 100, 0.1) for step in range(100)]
-    assert values[0] == pytest.approx(0.01)
-    assert values[:10] == sorted(values[:10])
+    values = [Recipe(steps=100, lr=1.0, warmup=0.1).rate(step) for step in range(100)]
+    assert values[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert values[10] == 1
     assert values[55] == pytest.approx(0.5, abs=1e-9)
     assert values[10:] == sorted(values[10:], reverse=True)
     assert 0 < values[99] < 0.001
-    assert factor(0.0, 0.0) == 1
+    assert Recipe(lr=1.0).rate(0) == 1
 
 
 def test_unknown_recoveries_and_settings_get_hints():

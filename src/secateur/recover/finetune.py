@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from enum import StrEnum
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from secateur.core.errors import NumericsError
-from secateur.core.method import Batch, Settings
-from secateur.core.progress import track
-from secateur.core.seeding import generator
-from secateur.data.batches import task_loss
-from secateur.data.dataset import Dataset
-from secateur.data.running import device_of, training
+from secateur.core.method import Settings
 from secateur.recover.recovery import Recovery, Request
-from secateur.train.keep import MaskKeeper
+from secateur.train.keep import weight_masks
+from secateur.train.loop import Fitting, Recipe
 
 
 class OptimizerName(StrEnum):
@@ -46,48 +37,10 @@ def finetune(request: Request, settings: FinetuneSettings) -> dict[str, float]:
     Raises:
         NumericsError: the loss became NaN or infinite; gives the step.
     """
-    model = request.model
-    optimizer = _optimizer(model, settings)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step / settings.steps, settings.warmup))
-    losses: list[float] = []
-    with training(model, request.seed), MaskKeeper(model, request.plan, optimizer):
-        stream = _stream(request.data, settings.batch, generator(request.seed, "finetune"))
-        for step in track(range(settings.steps), request.progress, "fine-tuning"):
-            loss = task_loss(model, next(stream).to(device_of(model)))
-            if not torch.isfinite(loss):
-                raise NumericsError(f"the loss is {loss.item()} at fine-tuning step {step}; lower lr")
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-    tail = losses[-max(1, len(losses) // 10) :]
-    return {"steps": float(settings.steps), "first_loss": losses[0], "last_loss": sum(tail) / len(tail)}
-
-
-def factor(progress: float, warmup: float) -> float:
-    """Learning-rate factor at `progress` in [0, 1): linear rise, then a cosine to zero."""
-    if progress < warmup:
-        return min(1.0, (progress + 1e-3) / warmup)
-    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
-
-
-def _optimizer(model: torch.nn.Module, settings: FinetuneSettings) -> torch.optim.Optimizer:
-    if settings.optimizer is OptimizerName.SGD:
-        return torch.optim.SGD(
-            model.parameters(), settings.lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay
-        )
-    return torch.optim.AdamW(model.parameters(), settings.lr, weight_decay=settings.weight_decay)
-
-
-def _stream(data: Dataset, size: int, rng: torch.Generator) -> Iterator[Batch]:
-    """Endless batches; every epoch in a new order."""
-    size = min(size, len(data))
-    while True:
-        order: Tensor = torch.randperm(len(data), generator=rng)
-        for chunk in torch.split(order, size)[: len(data) // size]:
-            yield next(data.take(chunk).batches(size))
+    recipe = Recipe(**settings.model_dump(mode="json"), nesterov=True)
+    fit = Fitting(request.data, recipe, seed=request.seed, progress=request.progress, stage="fine-tuning")
+    found = fit(request.model, weight_masks(request.plan))
+    return {"steps": float(settings.steps), "first_loss": found["first_loss"], "last_loss": found["train_loss"]}
 
 
 recovery = Recovery(
