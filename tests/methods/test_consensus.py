@@ -13,7 +13,7 @@ from secateur.core.method import Batch
 from secateur.core.units import UnitKind
 from secateur.gates.pooled import PooledGate
 from secateur.measure.flops import flops
-from secateur.methods.channels.consensus import gateable
+from secateur.methods.channels.consensus import ConsensusSettings, gateable
 
 GATED = ["1.0", "1.1", "2.1"]
 
@@ -169,12 +169,12 @@ def test_a_closed_gate_passes_the_input_on_for_its_samples_only():
     assert not torch.equal(bare(x)[1], x[1])
 
 
-@pytest.mark.parametrize(("sparsity", "expected"), [(0.0, 0.3 * 0.5), (0.8, 0.3 * (0.5 - 1 / 3) ** 2)])
+@pytest.mark.parametrize(("sparsity", "expected"), [(0.0, 0.5), (0.8, (0.5 - 1 / 3) ** 2)])
 def test_half_against_half_costs_a_quarter_whatever_the_confidence(sparsity, expected):
-    _, _, run = attached(sparsity=sparsity, ramp=False)
+    _, _, run = attached(sparsity=sparsity, activation=0.3, polarisation=1.0, ramp=False)
     half = torch.tensor([1.0] * 8 + [0.0] * 8)[:, None]
     run.parts[0].open = dict.fromkeys(GATED, half)
-    assert run.penalty().item() == pytest.approx(expected + 1.0 * 0.25, abs=1e-6)
+    assert run.penalty().item() == pytest.approx(0.3 * expected + 1.0 * 0.25, abs=1e-6)
 
 
 def flops_of(model, name):
@@ -196,7 +196,7 @@ def test_costs_weigh_the_open_gates(costs):
 
 
 def test_the_weight_of_disagreement_rises_from_nothing_to_all_of_it():
-    _, _, run = attached(steps=11, activation=0.0)
+    _, _, run = attached(steps=11, activation=0.0, polarisation=1.0)
     found = []
     for run.step in (0, 5, 10):
         run.parts[0].open = dict.fromkeys(GATED, torch.tensor([1.0, 0.0] * 8)[:, None])
@@ -323,3 +323,141 @@ def test_a_resumed_training_is_the_straight_one_bit_by_bit():
         optimizer.state[p]["momentum_buffer"] for p in resumed.parts[0].extra.parameters if p in optimizer.state
     ]
     assert not momentum
+
+
+# --- channels -------------------------------------------------------------------------------------
+
+
+class Bottleneck(nn.Module):
+    """conv, norm, ReLU, depthwise, norm, ReLU, conv with a bias, norm; identity shortcut."""
+
+    def __init__(self, width, inner, norm=nn.BatchNorm2d):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(width, inner, 1), norm(inner)
+        self.conv2, self.norm2 = nn.Conv2d(inner, inner, 3, 1, 1, groups=inner), nn.BatchNorm2d(inner)
+        self.conv3, self.norm3 = nn.Conv2d(inner, width, 1), nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        y = F.relu(self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x))))))
+        return x + self.norm3(self.conv3(y))
+
+
+def bottlenecks(seed=0, norm=nn.BatchNorm2d):
+    """Two blocks with 6 and 8 inner channels."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.Sequential(Bottleneck(4, 6, norm), Bottleneck(4, 8)),
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)),
+    )
+
+
+NARROW, WIDE = "1.0.conv1:channel", "1.1.conv1:channel"
+
+
+def with_channels(steps=6, model=None, sparsity=0.0, **settings):
+    model = model or bottlenecks()
+    optimizer = sgd(model)
+    settings = {"mode": "channel", "tail": 1 / steps, **settings}
+    return model, optimizer, sc.sparsify(model, optimizer, "consensus", sparsity, steps=steps, **settings)
+
+
+def hold(part, patterns):
+    """Gates of channels that do not look at their input."""
+    for name, pattern in patterns.items():
+        with torch.no_grad():
+            part.gates[name].last.weight.zero_()
+            part.gates[name].last.bias.copy_(torch.tensor([5.0 if bit else -5.0 for bit in pattern]))
+
+
+def cut_with(patterns, steps=4, **settings):
+    """Trained with held gates: the plan, logits with gates, the cut model, parameters before."""
+    model, optimizer, run = with_channels(steps=steps, **settings)
+    hold(run.parts[0], patterns)
+    for group in optimizer.param_groups[1:]:
+        group["lr"] = 0.0  # so held they stay
+    train(model, optimizer, run, 0, steps)
+    model.eval()
+    with torch.no_grad():
+        gated = model(batch(77)[0])
+    plan, before = run.finish(), sum(p.numel() for p in model.parameters())
+    return plan, gated, sc.apply_(model, plan, example=torch.zeros(2, 1, 6, 6)), before
+
+
+def test_gates_of_channels_sit_where_the_next_layer_reads():
+    model, _, run = with_channels()
+    (part,) = run.parts
+    assert {one.name: (one.block, one.units, one.readers) for one in part.gated} == {
+        NARROW: ("1.0", 6, ("1.0.conv3",)),
+        WIDE: ("1.1", 8, ("1.1.conv3",)),
+    }
+    hold(part, {NARROW: [1, 0, 1, 0, 1, 1]})
+    seen = []
+    model[1][0].conv3.register_forward_hook(lambda layer, args, output: seen.append(args[0]))
+    model(batch(0)[0])
+    assert seen[0].abs().sum((0, 2, 3)).gt(0).tolist() == [True, False, True, False, True, True]
+
+
+def test_closed_channels_are_cut_and_the_logits_stay():
+    patterns = {NARROW: [1, 0, 1, 0, 1, 1], WIDE: [0, 0, 0, 1, 1, 1, 0, 1]}
+    plan, gated, static, before = cut_with(patterns)
+    assert plan.kinds == (UnitKind.CHANNEL,)
+    assert {name: mask.tolist() for name, mask in plan.masks.items()} == {
+        name: [bool(bit) for bit in pattern] for name, pattern in patterns.items()
+    }
+    with torch.no_grad():
+        assert torch.allclose(static(batch(77)[0]), gated, atol=1e-5)
+    each = (4 + 1) + 2 + (9 + 1) + 2 + 4  # a row, norm, depthwise kernel, norm, a column
+    assert before - sum(p.numel() for p in static.parameters()) == (2 + 4) * each
+    assert [static[1][0].conv2.groups, static[1][1].conv1.out_channels] == [4, 4]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in static.modules())
+    assert not plan.warnings
+
+
+@pytest.mark.parametrize(("floor", "kept"), [(0, 1), (3, 3)])
+def test_one_channel_stays_but_says_nothing_where_all_were_closed(floor, kept):
+    patterns = {NARROW: [0] * 6, WIDE: [1] * 7 + [0]}
+    budget = sc.Budget(0.0, floor=floor)
+    plan, gated, static, _ = cut_with(patterns, sparsity=None, budget=budget)
+    assert plan.kept(NARROW) == kept
+    assert f"'{NARROW}' was held at {kept} of 6 channels, 0 gates were open" in plan.warnings
+    with torch.no_grad():
+        assert torch.allclose(static(batch(77)[0]), gated, atol=1e-5)
+
+
+def test_channels_that_a_norm_counts_get_no_gate():
+    model = bottlenecks(norm=lambda width: nn.GroupNorm(1, width))
+    _, _, run = with_channels(model=model, shape=(1, 8, 8))
+    assert list(run.parts[0].gates) == [WIDE]
+
+
+def test_excluded_layers_keep_their_channels():
+    _, _, run = with_channels(exclude=("1.1.conv3",))
+    assert list(run.parts[0].gates) == [NARROW]
+    with pytest.raises(ModelError, match="with channels between their layers"):
+        attached(mode="channel")  # these blocks have one convolution
+
+
+@pytest.mark.parametrize("costs", ["equal", "parameters", "flops"])
+def test_costs_of_channels(costs):
+    _, _, run = with_channels(costs=costs, polarisation=0.0, activation=1.0, shape=(1, 8, 8))
+    run.parts[0].open = {NARROW: torch.zeros(16, 6), WIDE: torch.ones(16, 8)}
+    assert run.penalty().item() == pytest.approx(8 / 14, rel=1e-6)  # channels of both blocks cost the same
+
+
+def test_agreement_of_channels_is_a_mean_over_all_of_them():
+    _, _, run = with_channels(activation=0.0, polarisation=2.0, ramp=False)
+    split = torch.tensor([1.0, 0.0] * 8)[:, None]
+    run.parts[0].open = {NARROW: torch.cat([split.expand(16, 2), torch.ones(16, 4)], 1), WIDE: torch.zeros(16, 8)}
+    assert run.penalty().item() == pytest.approx(2 * (2 * 0.25) / 14)
+
+
+def test_weights_of_the_losses_by_default():
+    def weights(aims, **given):
+        return ConsensusSettings(**given).weights(aims)
+
+    assert weights(False) == pytest.approx((0.3, 1.0))
+    assert weights(False, mode="channel") == pytest.approx((3.0, 10.0))
+    assert weights(True) == weights(True, mode="channel") == pytest.approx((10.0, 10.0))
+    assert weights(False, activation=0.6) == pytest.approx((0.6, 2.0))
+    assert weights(True, activation=0.6, polarisation=0.0) == (0.6, 0.0)

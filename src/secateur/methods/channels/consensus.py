@@ -79,12 +79,31 @@ class ConsensusSettings(Settings):
     blocks: tuple[str, ...] = Field(("*",), description="shell patterns over the names of blocks that get gates")
     hidden: int = Field(16, ge=1, description="hidden units of a gate")
     bias: float = Field(1.5, description="last bias of a gate at the start; positive = open")
-    activation: float = Field(0.3, ge=0, description="weight of the open gates in the loss")
-    polarisation: float = Field(1.0, ge=0, description="weight of the disagreement in the loss, at the end")
+    activation: float | None = Field(
+        None,
+        ge=0,
+        description="weight of the open gates in the loss; default 0.3, of channels 3, towards a sparsity 10",
+    )
+    polarisation: float | None = Field(
+        None,
+        ge=0,
+        description="weight of the disagreement in the end; default 10/3 of activation, towards a sparsity 1 of it",
+    )
     ramp: bool = Field(True, description="raise that weight linearly from 0; constant keeps all gates open")
     costs: Costs = Field(Costs.EQUAL, description="all gates alike, or by the parameters or FLOPs behind them")
     tail: float = Field(0.1, gt=0, le=1, description="share of the training, at its end, whose gates decide")
     shape: tuple[int, ...] = Field((), description="of one input, e.g. 3,32,32, where it cannot be guessed")
+
+    def weights(self, aims: bool) -> tuple[float, float]:
+        """Of the activation and of the full agreement loss; `aims`: whether a share of open gates is aimed at.
+
+        Both losses are means over gates, so one gate of many channels feels little of them; and the pull towards an
+        aim vanishes near it.
+        """
+        plain = 10.0 if aims else 3.0 if self.mode is Mode.CHANNEL else 0.3
+        activation = plain if self.activation is None else self.activation
+        ratio = 1.0 if aims else 10 / 3
+        return activation, activation * ratio if self.polarisation is None else self.polarisation
 
 
 @dataclass(frozen=True)
@@ -148,9 +167,14 @@ def inner_channels(model: nn.Module, structure: Structure, block: str) -> dict[s
 
 
 def _readers(model: nn.Module, site: Site) -> tuple[str, ...]:
-    places = [(place.parameter.rpartition(".")[0], place.dim) for place in site.occurrences]
-    layers = [(name, dim, layout_of(model.get_submodule(name))) for name, dim in places]
-    return tuple(dict.fromkeys(n for n, dim, kind in layers if kind is not None and dim == 1 - OUT_DIM[kind]))
+    weights = [place for place in site.occurrences if _out(model, place.parameter) == 1 - place.dim]
+    return tuple(dict.fromkeys(place.parameter.rpartition(".")[0] for place in weights))
+
+
+def _out(model: nn.Module, parameter: str) -> int | None:
+    """The dimension of a layer's weight along which its outputs lie."""
+    layout = layout_of(model.get_submodule(parameter.rpartition(".")[0]))
+    return None if layout is None else OUT_DIM[layout]
 
 
 def find_gated(model: nn.Module, structure: Structure, order: Order, settings: ConsensusSettings) -> list[Gated]:
@@ -285,9 +309,10 @@ class ConsensusGates(Part):
         if run.steps - max(1, round(self.settings.tail * run.steps)) <= run.step < run.steps:
             self.counts += gates.detach().double().sum(0).cpu()
             self.samples += len(gates)
-        own = self.settings
-        weight = own.polarisation * (min(1.0, run.step / max(1, run.steps - 1)) if own.ramp else 1.0)
-        return own.activation * activation_loss(gates, self.costs, self.target) + weight * agreement_loss(gates)
+        activation, polarisation = self.settings.weights(self.target is not None)
+        if self.settings.ramp:
+            polarisation *= min(1.0, run.step / max(1, run.steps - 1))
+        return activation * activation_loss(gates, self.costs, self.target) + polarisation * agreement_loss(gates)
 
     def _batch(self) -> Tensor:
         """`[samples, units of all gates]` of the last batch, which is then forgotten."""
@@ -329,6 +354,25 @@ class ConsensusGates(Part):
         self.extra.leave()
         self.counts, self.samples = agreed((self.counts, self.samples))
         self._report(run)
+        for one in self.gated:
+            self._silence(run, one)
+
+    @torch.no_grad()
+    def _silence(self, run: Sparsifier, one: Gated) -> None:
+        """A closed channel that stays only because one must: nothing reads it, as in the gated network."""
+        if not one.readers:
+            return
+        idle = self._stay(run, one.name) & ~consensus(self.rates[one.name]).mask
+        parameters = dict(run.model.named_parameters())
+        for place in self.sites[one.name].occurrences if bool(idle.any()) else ():
+            if _out(run.model, place.parameter) == 1 - place.dim:
+                weight = parameters[place.parameter]
+                weight.index_fill_(place.dim, idle.nonzero().flatten().to(weight.device), 0.0)
+
+    def _stay(self, run: Sparsifier, name: str) -> Tensor:
+        """The channels of a site that stay: those with a majority, and one at least."""
+        rate = self.rates[name]
+        return consensus(rate, min(len(rate), max(self.least[name], run.order.budget.floor))).mask
 
     @property
     def rates(self) -> dict[str, Tensor]:
@@ -373,13 +417,13 @@ class ConsensusGates(Part):
         return found
 
     def _channels(self, run: Sparsifier) -> Decision:
-        """One site for the channels between two layers; at least one of them stays."""
+        """One site for the channels between two layers."""
         found = Decision(sites=dict(self.sites))
         for name, rate in self.rates.items():
-            least = min(len(rate), max(self.least[name], run.order.budget.floor))
-            found.masks[name] = consensus(rate, least).mask
-            if int((rate > 0.5).sum()) < least:
-                found.warnings.append(f"'{name}' would have kept fewer, it was held at {least} of {len(rate)} channels")
+            found.masks[name] = self._stay(run, name)
+            kept, wanted = int(found.masks[name].sum()), int((rate > 0.5).sum())
+            if kept > wanted:
+                found.warnings.append(f"'{name}' was held at {kept} of {len(rate)} channels, {wanted} gates were open")
             agreement = torch.maximum(rate, 1 - rate).mean()
             found.facts[name] = {"open": round(float(rate.mean()), 6), "agreement": round(float(agreement), 6)}
         return found
