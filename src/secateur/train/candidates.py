@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations, product
 from math import comb, prod
@@ -69,15 +69,19 @@ def candidates(removals: Mapping[str, tuple[int, int]], limit: int, rng: torch.G
                 f"'{name}' has {units} units and cannot lose {gone}; the reachable range is 0 to {units - 1}"
             )
     ways = prod(comb(units, gone) for units, gone in removals.values())
-    every = product(*(combinations(range(units), gone) for units, gone in removals.values()))
     if ways <= limit:
-        found = list(every)
+        found = list(_every(removals))
     elif ways <= 2 * limit:  # most draws would be repetitions
         chosen = set(torch.randperm(ways, generator=rng)[:limit].tolist())
-        found = [removed for place, removed in enumerate(every) if place in chosen]
+        found = [removed for place, removed in enumerate(_every(removals)) if place in chosen]
     else:
         found = sorted(_drawn(removals, limit, rng))
     return Candidates(tuple(removals), tuple(found), ways)
+
+
+def _every(removals: Mapping[str, tuple[int, int]]) -> Iterator[Removed]:
+    """All ways, sorted; each site's own ways are held in memory."""
+    return product(*(combinations(range(units), gone) for units, gone in removals.values()))
 
 
 def _drawn(removals: Mapping[str, tuple[int, int]], limit: int, rng: torch.Generator) -> set[Removed]:

@@ -177,6 +177,7 @@ class Fitting:
             augment=self.augment,
             also_at=self.also_at,
             progress=self.progress,
+            stage=self.stage,
         )
 
     def __call__(
