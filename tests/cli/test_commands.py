@@ -20,6 +20,7 @@ NET = "cli_runs:net"
 COMMANDS = [
     ["prune"],
     ["train"],
+    ["study"],
     ["inspect"],
     ["methods"],
     ["show"],

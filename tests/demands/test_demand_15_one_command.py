@@ -31,6 +31,7 @@ BY_PROTOCOL = {
 @pytest.mark.parametrize("method", BY_PROTOCOL[Protocol.PLAN])
 def test_one_command_for_every_method(place, method):
     words = ["prune", "lm", "--method", method, "--sparsity", "0.5", "--minimum", "1", "--data", "text.txt"]
+    words += ["--set", "resolution=5"] if method == "rd" else []  # amounts tried per layer, each a run of the model
     check_result(place, method, good(*words, "--out", f"one-{method}"))
 
 
@@ -40,6 +41,28 @@ def test_one_command_for_every_method_that_trains(place, method):
     words += ["--steps", "12", "--evaluate-every", "4", "--recipe", "lr=0.01", "--recipe", "batch=4"]
     words += [] if method == "static" else ["--set", "every=2"]
     check_result(place, method, good(*words, "--out", f"one-{method}"))
+
+
+AROUND = {
+    "ap": {"p": 0.5, "q": 0.1},
+    "journey": {"every": 1, "against": ""},
+    "lottery": {"rate": 0.5},
+    "oracle": {"candidates": 2, "repeats": 1},
+    "plasticity": {"moments": 4},
+    "rewinding": {"rate": 0.5},
+    "sap": {"rounds": 1},
+}
+
+
+@pytest.mark.parametrize("method", BY_PROTOCOL[Protocol.PROCEDURE])
+def test_one_command_for_every_method_around_trainings(place, method):
+    model = "zoo:digits-resnet" if method == "oracle" else "zoo:digits-mlp"  # an MLP has no channels
+    words = ["study", model, "--method", method, "--sparsity", "0.5", "--minimum", "1", "--steps", "16"]
+    words += [word for name, value in AROUND[method].items() for word in ("--set", f"{name}={value}")]
+    words += ["--pretrained"] if method == "oracle" else []
+    done = good(*words, "--out", f"one-{method}")
+    assert f"{model} under {method}" in done.out
+    assert (place / f"one-{method}" / "secateur" / "findings.json").exists()
 
 
 def check_result(place, method, done):

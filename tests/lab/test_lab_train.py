@@ -8,7 +8,8 @@ import torch
 from secateur.core.errors import BudgetError, DataError, ModelError, SettingsError, UnknownNameError
 from secateur.core.progress import Silent
 from secateur.data.dataset import DataKind, Dataset
-from secateur.lab.train import TrainJob, prepare, read_job, split
+from secateur.lab.train import TrainJob, prepare
+from secateur.lab.training import read_job, split
 from secateur.train.logs import Log
 from secateur.train.loop import Fitting
 
@@ -104,7 +105,7 @@ def test_from_scratch_is_not_the_shipped_model(tmp_path):
 def test_a_file_and_flags_make_one_job(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("model: zoo:digits-mlp\nmethod: granet\nsparsity: 0.9\nrecipe:\n  steps: 50\n  lr: 0.1\n")
-    found = read_job(config, {"sparsity": 0.8, "recipe": {"lr": "0.2"}})
+    found = read_job(TrainJob, config, {"sparsity": 0.8, "recipe": {"lr": "0.2"}})
     assert (found.sparsity, found.recipe) == (0.8, {"steps": 50, "lr": "0.2"})
     assert found.command("out").startswith("secateur train zoo:digits-mlp --method granet --sparsity 0.8 --steps 50")
 
@@ -123,7 +124,7 @@ def test_wrong_files_are_refused(text, error, says, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(text)
     with pytest.raises(error, match=says):
-        read_job(config, {})
+        read_job(TrainJob, config, {})
 
 
 def test_wrong_requests_are_refused_before_anything_slow(tmp_path):

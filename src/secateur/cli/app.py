@@ -189,6 +189,62 @@ def train(
 
 
 @app.command()
+def study(
+    model: Annotated[str | None, typer.Argument(help=f"{MODEL_HELP}; or in the file")] = None,
+    config: Annotated[Path | None, typer.Option(help="a YAML file with any of these names; flags win")] = None,
+    method: Annotated[str | None, typer.Option(help="works around trainings: lottery, plasticity, oracle, ...")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="fraction of the weights to remove, in [0, 1)")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the result; the running state is beside it")] = None,
+    steps: Annotated[int | None, typer.Option(help="optimiser steps of one whole training")] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="how to train, name=value: lr, batch, optimizer, decay, weight_decay, ...")
+    ] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="a setting of the method, name=value")] = None,
+    data: Data = None,
+    minimum: Annotated[int | None, typer.Option(help="every layer keeps at least so many weights")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="only weights that match")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="no weights that match")] = None,
+    pretrained: Annotated[bool | None, typer.Option("--pretrained", help="start trainings from its weights")] = None,
+    validation: Annotated[float | None, typer.Option(help="share of the training data that decides")] = None,
+    seed: Annotated[int | None, typer.Option(help="of everything random")] = None,
+    weights: Weights = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    trust_factory: Annotated[bool | None, typer.Option("--trust-factory", help="import a folder's factory")] = None,
+    force: Annotated[bool | None, typer.Option("--force", help="replace an existing output folder")] = None,
+    json: Json = False,
+) -> None:
+    """Run a procedure around whole trainings: lottery tickets, pruning plasticity, a criterion on trial.
+
+    Killed? Run the same command again: it goes on where it was.
+
+    `secateur study zoo:digits-mlp --method plasticity --sparsity 0.9 --steps 400 --out plasticity`
+
+    `secateur study zoo:digits-mlp --method lottery --sparsity 0.9 --steps 400 --recipe lr=0.1 --out ticket`
+    """
+    from secateur.cli import commands
+
+    flags: dict[str, Any] = {
+        "model": model,
+        "method": method,
+        "sparsity": sparsity,
+        "data": data,
+        "minimum": minimum,
+        "include": tuple(include) if include else None,
+        "exclude": tuple(exclude) if exclude else None,
+        "pretrained": pretrained,
+        "validation": validation,
+        "seed": seed,
+        "weights": weights,
+        "device": device,
+        "trust_factory": trust_factory,
+        "force": force,
+        "settings": pairs(setting or [], "--set") or None,
+        "recipe": pairs(recipe or [], "--recipe") | ({"steps": steps} if steps is not None else {}) or None,
+    }
+    commands.study(config, {name: value for name, value in flags.items() if value is not None}, out, json)
+
+
+@app.command()
 def inspect(
     model: Model,
     data: Data = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from secateur.io.data import open_data
 from secateur.io.models import OpenedModel, open_model
 from secateur.lab import inspect as inspection
 from secateur.lab import prune as job
+from secateur.lab import study as studies
 from secateur.lab import train as sparse_training
 from secateur.lab.reproduce import Report, Scale, run_check
+from secateur.lab.training import read_job
 from secateur.measure import Measurement, measure_together, probe_machine
 from secateur.report import Record, write
 from secateur.report.lanes import write_structure
@@ -69,7 +71,7 @@ def prune(request: Mapping[str, Any], out: Path | None, dry_run: bool, json: boo
 
 def train(config: Path | None, flags: Mapping[str, Any], out: Path | None, json: bool) -> None:
     """Train sparsely, or go on where a killed run stopped."""
-    asked = sparse_training.read_job(config, flags)
+    asked = read_job(sparse_training.TrainJob, config, flags)
     if out is None:
         raise OutputError("give --out DIR for the result")
     with Bars() as progress:
@@ -79,6 +81,35 @@ def train(config: Path | None, flags: Mapping[str, Any], out: Path | None, json:
         show.as_json({"out": str(out), "report": str(out / job.PAGE), "record": found})
     else:
         _print_result(record, out)
+
+
+def study(config: Path | None, flags: Mapping[str, Any], out: Path | None, json: bool) -> None:
+    """Run a procedure around trainings, or go on where a killed one stopped."""
+    asked = read_job(studies.StudyJob, config, flags)
+    if out is None:
+        raise OutputError("give --out DIR for the result")
+    with Bars() as progress:
+        found = studies.study(asked, out, progress)
+    if json:
+        show.as_json({"out": str(out), **found.to_json()})
+        return
+    columns = [name for name in dict.fromkeys(key for row in found.rows for key in row) if _is_plain(found.rows, name)]
+    title = f"{asked.model} under {asked.method}"
+    show.table(title, columns, [[_cell(row.get(name)) for name in columns] for row in found.rows])
+    for name, value in found.summary.items():
+        show.say(f"{name}: {_cell(value)}")
+    show.warn(found.warnings)
+    show.say(f"saved in {out}; the whole table: {out / OWN / studies.FINDINGS}")
+
+
+def _is_plain(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
+    return not any(isinstance(row.get(name), (Mapping, list)) for row in rows)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_cell(one)}" for name, one in value.items())
+    return show.figure(value) if isinstance(value, (int, float)) or value is None else str(value)
 
 
 def _print_plan(plan: Plan, json: bool) -> None:

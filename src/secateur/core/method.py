@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -37,7 +37,7 @@ class Settings(BaseModel):
 
 
 def configure(owner: str, kind: type[Settings], values: Mapping[str, Any]) -> Settings:
-    """Checked settings from names and values; strings are converted.
+    """Checked settings from names and values; strings are converted, `a,b` to several values where several fit.
 
     Raises:
         UnknownNameError: `owner` has no such setting; gives the nearest names.
@@ -46,12 +46,21 @@ def configure(owner: str, kind: type[Settings], values: Mapping[str, Any]) -> Se
     for name in values:
         if name not in kind.model_fields:
             raise UnknownNameError(f"setting of {owner}", name, kind.model_fields)
+    given = {name: _several(kind, name, value) for name, value in values.items()}
     try:
-        return kind(**values)
+        return kind(**given)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "settings"
         raise SettingsError(f"setting '{place}' of {owner}: {first['msg']}, got {first['input']!r}") from None
+
+
+def _several(kind: type[Settings], name: str, value: Any) -> Any:
+    """The parts of a string for a setting that is a tuple; anything else as it is."""
+    annotation = kind.model_fields[name].annotation
+    if not isinstance(value, str) or tuple not in {get_origin(one) for one in (annotation, *get_args(annotation))}:
+        return value
+    return tuple(part for part in map(str.strip, value.split(",")) if part)
 
 
 def describe(kind: type[Settings]) -> list[dict[str, Any]]:

@@ -89,7 +89,7 @@ def keep_global(scores: Mapping[str, Tensor], keep: int) -> dict[str, Tensor]:
 
 def _add_ties(masks: Mapping[str, Tensor], tied: Callable[[str], Tensor], missing: int) -> None:
     """Add the last `missing` of the tied units, so that the ones with the lower index go first."""
-    for name in reversed(masks):
+    for name in reversed(list(masks)):
         places = tied(name).nonzero()[-missing:, 0]
         masks[name][places] = True
         missing -= len(places)

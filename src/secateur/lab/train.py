@@ -11,30 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from pydantic import Field
 from torch import nn
 
-from secateur import api, zoo
-from secateur.core.budget import Budget
-from secateur.core.errors import BudgetError, DataError, ModelError, SettingsError
+from secateur import api
 from secateur.core.files import check_free, sweep, write_json
-from secateur.core.method import Method, Settings, configure
+from secateur.core.method import Method
 from secateur.core.plan import Plan
 from secateur.core.progress import Progress, Silent, track
-from secateur.core.seeding import generator, seeded
+from secateur.core.seeding import seeded
 from secateur.core.trees import load_tree, save_tree
 from secateur.data.dataset import Dataset, Splits
 from secateur.data.running import evaluating, training
-from secateur.io.data import open_data
 from secateur.io.models import OpenedModel, open_model
 from secateur.lab import prune
 from secateur.lab.record import Outcome, make_record, with_file_sizes
+from secateur.lab.training import TrainingRequest, fresh_model, split, training_data
 from secateur.measure import Quality, measure_together, probe_machine, quality
 from secateur.report import Record, write
 from secateur.shrink.apply import apply_
 from secateur.shrink.folder import OWN
-from secateur.shrink.load import build
 from secateur.shrink.save import save
 from secateur.train.keep import weight_masks
 from secateur.train.logs import Log
@@ -42,44 +38,19 @@ from secateur.train.loop import Fitting, Recipe
 from secateur.train.snapshot import model_state, put_back
 from secateur.train.sparsifier import Sparsifier
 from secateur.train.study import Ledger
-from secateur.zoo.loading import make
 
 HISTORY = "training"  # folder in OUT/secateur with the log
-WINDOWS = 4096  # windows of text to train on; images are used up to the data's end
 
 
-class TrainJob(Settings):
-    """Everything `secateur train` can be asked for, by flags or in one YAML file."""
+class TrainJob(TrainingRequest):
+    """Everything `secateur train` can be asked for; the method acts during training."""
 
-    model: str = Field(description="zoo:NAME, a folder, a hub id, or module.path:factory")
-    method: str = Field(description="a name from `secateur methods` that acts during training")
-    sparsity: float | None = Field(None, description="fraction of the weights to remove, in [0, 1)")
-    minimum: int = Field(0, ge=0, description="every layer keeps at least so many weights")
-    data: str | None = Field(None, description="training and test data; default: the model's own")
-    settings: dict[str, Any] = Field(default_factory=dict, description="of the method")
-    recipe: dict[str, Any] = Field(default_factory=dict, description="how to train: steps, batch, lr, optimizer, ...")
-    include: tuple[str, ...] = Field(("*",), description="only weights that match")
-    exclude: tuple[str, ...] = Field((), description="no weights that match")
     from_scratch: bool = Field(False, description="start from new random weights")
-    validation: float = Field(0.1, gt=0, lt=1, description="share of the training data that chooses the best state")
     evaluate_every: int = Field(100, ge=1, description="optimiser steps between validations")
     patience: int | None = Field(
         None, ge=1, description="stop after so many validations on target without a better one"
     )
-    seed: int = Field(0, description="of everything random")
-    weights: str | None = Field(None, description="safetensors file for module.path:factory")
-    device: str = Field("cpu", description="cpu, cuda, ...")
-    trust_factory: bool = Field(False, description="import the factory that a result folder names")
     tensorboard: bool = Field(False, description="write scalars for TensorBoard")
-    verify: bool = Field(True, description="reload the result and compare before keeping it")
-    force: bool = Field(False, description="replace an existing output folder")
-
-    @property
-    def budget(self) -> Budget:
-        """What stays in the end."""
-        if self.sparsity is None:
-            raise BudgetError("give --sparsity, the fraction of the weights to remove")
-        return Budget(self.sparsity, floor=self.minimum)
 
     def command(self, out: str) -> str:
         """The command line that makes this result again."""
@@ -106,30 +77,6 @@ def _flag(name: str, value: Any) -> list[str]:
 
 def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def read_job(config: Path | None, flags: Mapping[str, Any]) -> TrainJob:
-    """A job from a YAML file and flags; flags win.
-
-    Raises:
-        SettingsError, UnknownNameError: the file cannot be read, a name or value is wrong.
-    """
-    given: dict[str, Any] = {}
-    if config is not None:
-        try:
-            given = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise SettingsError(f"'{config}' cannot be read as YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(given, dict):
-            raise SettingsError(f"'{config}' must hold names and values, like 'method: granet'")
-    for name, value in flags.items():
-        given[name] = {**given.get(name, {}), **value} if isinstance(value, Mapping) else value
-    for name in ("model", "method"):
-        if name not in given:
-            raise SettingsError(f"give the {name}: as a flag or in the file")
-    job = configure("secateur train", TrainJob, given)
-    assert isinstance(job, TrainJob)
-    return job
 
 
 @dataclass
@@ -278,16 +225,13 @@ def prepare(job: TrainJob, folder: Path, progress: Progress) -> tuple[Session, n
     method = api.find_method(job.method)
     method.configure(dict(job.settings))
     _ = job.budget
-    recipe = configure("the recipe", Recipe, _split(job.recipe))
-    assert isinstance(recipe, Recipe)
+    recipe = job.checked_recipe()
     opened = open_model(job.model, job.weights, device=job.device, trust_factory=job.trust_factory)
-    data = job.data or opened.data
-    if data is None:
-        raise DataError(f"training needs data and '{job.model}' has none of its own; give --data")
+    splits = training_data(job, opened)
     if job.from_scratch:
-        _renew(opened, job.seed)
+        with seeded(job.seed):
+            put_back(opened.model, model_state(fresh_model(opened)))
     dense = copy.deepcopy(opened.model)
-    splits = _training_data(data, opened, job.seed)
     validation, rest = split(splits.calibration, job.validation, job.seed)
     for parameter in opened.model.parameters():
         parameter.requires_grad_(True)
@@ -316,53 +260,6 @@ def prepare(job: TrainJob, folder: Path, progress: Progress) -> tuple[Session, n
     log = Log(folder, own.get("step", 0), job.tensorboard)
     found = Session(job, opened, method, recipe, splits, validation, fit, optimizer, sparsifier, folder, log, **own)
     return found, dense
-
-
-def _split(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists come from the command line as `0.5,0.75`."""
-    return {
-        name: tuple(value.split(",")) if isinstance(value, str) and "," in value else value
-        for name, value in recipe.items()
-    }
-
-
-def _training_data(data: str, opened: OpenedModel, seed: int) -> Splits:
-    """All the training samples there are; a number of windows for text."""
-    found = open_data(data, opened, seed)
-    if found.calibration.targets is not None:  # images: all of them
-        return found
-    return open_data(data, opened, seed, WINDOWS)
-
-
-def split(data: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
-    """(validation, the rest), drawn with `seed`.
-
-    Raises:
-        DataError: one of them would be empty.
-    """
-    count = round(share * len(data))
-    if not 0 < count < len(data):
-        raise DataError(f"{share:g} of {len(data)} samples leave nothing to validate or to train on; give more data")
-    order = torch.randperm(len(data), generator=generator(seed, "validation"))
-    return data.take(order[:count]), data.take(order[count:])
-
-
-def _renew(opened: OpenedModel, seed: int) -> None:
-    """New random weights, drawn with the seed.
-
-    Raises:
-        ModelError: the model does not say how it is initialised.
-    """
-    with seeded(seed):
-        if opened.name.startswith("zoo:"):
-            fresh = make(zoo.get(opened.name))
-        elif opened.factory is not None:
-            fresh = build(opened.factory)
-        elif hasattr(opened.model, "config"):
-            fresh = type(opened.model)(opened.model.config)
-        else:
-            raise ModelError(f"'{opened.name}' cannot be initialised anew; give module.path:factory without --weights")
-    put_back(opened.model, model_state(fresh))
 
 
 def _record(session: Session, dense: nn.Module, plan: Plan, out: str, progress: Progress) -> Record:

@@ -2,8 +2,8 @@
 
 Three stages of four residual blocks (widths 8, 16, 32; 10 blocks can have gates), 12 epochs of the digits at batch 64,
 SGD 0.05 with momentum, cosine. Baselines: no polarisation at all, and for `removed` one of constant weight.
-The random control removes as many random blocks, mean of ten draws; for `unpolarised` both controls are the polarised
-network.
+The random control removes as many random blocks (mean of ten draws), or as many random channels of every block; for
+`unpolarised` both controls are the polarised network. Beside channels the baseline is the network without blocks.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ CLAIMS = {
     "gap": Expectation("accuracy points between the gated and the static network, either way", "<= 0.2"),
     "logits": Expectation("largest difference of logits, static network to gates held at the consensus", "<= 1e-05"),
     "accuracy": Expectation("accuracy points of the static above the ungated network", ">= -2"),
+    "channel_accuracy": Expectation("the same of the network with channels cut out, from gates on channels", ">= -2"),
+    "channel_logits": Expectation("as logits, of the network with channels cut out", "<= 1e-05"),
     "removed": Expectation("blocks of 10 removed, with the polarisation's weight ramped", ">= 1", "baseline"),
 }
 
@@ -173,13 +175,23 @@ def at_random(outcome: Outcome, seed: int, draw: int) -> Outcome:
     return replace(outcome, plan=plan)
 
 
+def shuffled(plan: Plan, seed: int) -> Plan:
+    """As many channels of every site, but others."""
+    plan = copy.deepcopy(plan)
+    for name, mask in plan.masks.items():
+        plan.masks[name] = mask[torch.randperm(len(mask), generator=generator(seed, "control", name))]
+    return plan
+
+
 def run(seed: int, progress: Progress) -> Mapping[str, Sample]:
     """All claims under one seed."""
     with seeded(seed):
         dense = residual_net()
     full = fitting(recipe(), seed, progress=progress)(dense)["accuracy"]
     ours, free, constant = gated(seed), gated(seed, polarisation=0.0), gated(seed, ramp=False)
+    thin = gated(seed, mode="channel")
     drawn = [at_random(ours, seed, draw) for draw in range(DRAWS)]
+    other = replace(thin, plan=shuffled(thin.plan, seed))
     static, missed = ours.static, [one.static for one in drawn]
     lost = mean(abs(one - ours.dynamic) for one in missed)
     return {
@@ -188,6 +200,8 @@ def run(seed: int, progress: Progress) -> Mapping[str, Sample]:
         "gap": Sample(abs(static - ours.dynamic), abs(free.static - free.dynamic), lost),
         "logits": Sample(ours.difference, free.difference, mean(one.difference for one in drawn)),
         "accuracy": Sample(static - full, free.static - full, mean(missed) - full),
+        "channel_accuracy": Sample(thin.static - full, static - full, other.static - full),
+        "channel_logits": Sample(thin.difference, ours.difference, other.difference),
         "removed": Sample(float(ours.removed), float(constant.removed), float(ours.removed)),
     }
 

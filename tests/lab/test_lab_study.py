@@ -1,0 +1,109 @@
+"""`secateur study`: procedures as a job, killed anywhere and resumed, with and without a pruned network."""
+
+import json
+
+import pytest
+import torch
+
+import secateur as sc
+from secateur.core.errors import BudgetError, ModelError, OutputError, SettingsError, UnknownNameError
+from secateur.io.models import open_model
+from secateur.lab.study import FINDINGS, StudyJob, maker, study
+from secateur.train.loop import Fitting
+
+
+def job(**more):
+    asked = {
+        "model": "zoo:digits-mlp",
+        "method": "lottery",
+        "sparsity": 0.36,
+        "recipe": {"steps": 6, "lr": 0.05, "batch": 32},
+    }
+    return StudyJob(**{**asked, **more})
+
+
+def findings(folder):
+    return json.loads((folder / "secateur" / FINDINGS).read_text())
+
+
+@pytest.mark.parametrize("dies_at", [2, 3])
+def test_a_killed_study_goes_on_and_ends_with_the_same(dies_at, tmp_path, monkeypatch):
+    straight = study(job(), tmp_path / "straight")
+    whole, calls = Fitting.__call__, []
+
+    def dying(self, model, masks, start, stop):
+        calls.append((start, stop))
+        if len(calls) == dies_at:
+            raise KeyboardInterrupt
+        return whole(self, model, masks, start, stop)
+
+    monkeypatch.setattr(Fitting, "__call__", dying)
+    with pytest.raises(KeyboardInterrupt):
+        study(job(), tmp_path / "killed")
+    assert not (tmp_path / "killed").exists()
+    with pytest.raises(SettingsError, match=r"killed\.study' holds a run with seed=0"):
+        study(job(seed=1), tmp_path / "killed")
+    found = study(job(), tmp_path / "killed")
+    assert found.to_json() == straight.to_json()
+    done = len(straight.rows)
+    assert len(calls) == done + 1  # what was done is not done again, only what was cut off
+    assert findings(tmp_path / "killed") == findings(tmp_path / "straight")
+    assert not (tmp_path / "killed.study").exists()
+
+
+def test_the_final_network_reloads_and_is_measured_on_test_data(tmp_path):
+    found = study(job(), tmp_path / "ticket")
+    model = sc.load(tmp_path / "ticket")
+    weights = dict(model.named_parameters())
+    for name, keep in found.masks.items():
+        assert not weights[name][~keep].any()
+        assert torch.equal(weights[name], found.state[name])
+    assert found.plan.units()[0] == found.rows[-1]["kept"]
+    assert findings(tmp_path / "ticket")["summary"]["test"]["accuracy"] > 20
+    assert findings(tmp_path / "ticket")["job"]["method"] == "lottery"
+
+
+def test_plasticity_leaves_a_table_and_no_network(tmp_path):
+    found = study(job(method="plasticity", settings={"moments": (2, 4), "recovery": 2}), tmp_path / "out")
+    assert [row["step"] for row in found.rows] == [2, 2, 4, 4]
+    assert findings(tmp_path / "out")["rows"] == found.rows
+    assert [path.name for path in (tmp_path / "out" / "secateur").iterdir()] == [FINDINGS]
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_trainings_start_from_new_or_from_trained_weights():
+    opened = open_model("zoo:digits-mlp", None)
+    name = "3.weight"
+
+    def weight(pretrained, seed):
+        torch.manual_seed(seed)
+        return dict(maker(opened, pretrained)().named_parameters())[name]
+
+    shipped = dict(opened.model.named_parameters())[name]
+    assert torch.equal(weight(True, 0), shipped)
+    assert not torch.equal(weight(False, 0), shipped)
+    assert torch.equal(weight(False, 0), weight(False, 0))
+    assert not torch.equal(weight(False, 0), weight(False, 1))
+    assert not torch.equal(opened.model[3].weight, maker(opened, False)()[3].weight)  # the opened one stays
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "says"),
+    [
+        ({"method": "wanda"}, ModelError, "wanda is no procedure around trainings"),
+        ({"method": "lotery"}, UnknownNameError, "did you mean lottery"),
+        ({"sparsity": None}, BudgetError, "give --sparsity"),
+        ({"settings": {"ratee": 1}}, UnknownNameError, "did you mean rate"),
+        ({"recipe": {"stepps": 1}}, UnknownNameError, "did you mean steps"),
+    ],
+)
+def test_wrong_requests_are_refused_before_anything_is_trained(wrong, error, says, tmp_path):
+    with pytest.raises(error, match=says):
+        study(job(**wrong), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_older_result_is_not_replaced(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match="exists already"):
+        study(job(), tmp_path / "out")
