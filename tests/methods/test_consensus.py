@@ -108,6 +108,12 @@ def test_a_block_inside_of_a_block_is_left_to_the_outer_one():
     assert blocks_of(model) == ["1.0", "1.1", "2.1"]
 
 
+def test_a_sequence_of_blocks_in_a_list_is_no_block():
+    model = network()
+    model[1] = nn.Sequential(nn.Sequential(Residual(4, 4), Residual(4, 4)), Residual(4, 4))
+    assert blocks_of(model) == ["1.0.0", "1.0.1", "1.1", "2.1"]
+
+
 def test_blocks_directly_in_the_model_are_no_list_to_take_them_out_of():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), Residual(4, 4), nn.Flatten(), nn.Linear(64, 3))
     with pytest.raises(ModelError, match="inside the model"):
@@ -148,6 +154,17 @@ def test_a_gate_is_binary_per_sample_starts_open_and_gets_gradients():
     g.sum().backward()
     assert gate.last.bias.grad.item() != 0
     assert gate.first.weight.grad.abs().sum() > 0
+
+
+def test_gates_start_by_the_seed_each_on_its_own():
+    def first(seed, name):
+        model = network()
+        run = sc.sparsify(model, sgd(model), "consensus", 0.0, steps=5, seed=seed)
+        return run.parts[0].gates[name].first.weight
+
+    assert torch.equal(first(0, "1.0"), first(0, "1.0"))
+    assert not torch.equal(first(0, "1.0"), first(1, "1.0"))
+    assert not torch.equal(first(0, "1.0"), first(0, "1.1"))
 
 
 def test_a_closed_gate_passes_the_input_on_for_its_samples_only():
@@ -196,18 +213,25 @@ def test_costs_weigh_the_open_gates(costs):
 
 
 def test_the_weight_of_disagreement_rises_from_nothing_to_all_of_it():
-    _, _, run = attached(steps=11, activation=0.0, polarisation=1.0)
+    _, _, run = attached(steps=11, activation=0.0, polarisation=2.0)
     found = []
     for run.step in (0, 5, 10):
         run.parts[0].open = dict.fromkeys(GATED, torch.tensor([1.0, 0.0] * 8)[:, None])
         found.append(run.penalty().item())
-    assert found == pytest.approx([0.0, 0.125, 0.25])
+    assert found == pytest.approx([0.0, 0.25, 0.5])
 
 
 def test_a_small_batch_is_refused():
     model, _, run = attached()
     model(batch(0, size=15)[0])
     with pytest.raises(DataError, match="got 15; use batches of 16"):
+        run.penalty()
+
+
+def test_a_block_that_did_not_run_is_named():
+    model, _, run = attached()
+    model[1](model[0](batch(0)[0]))
+    with pytest.raises(ModelError, match=r"block '2\.1' did not run"):
         run.penalty()
 
 
@@ -296,6 +320,22 @@ def test_closing_everything_is_no_aim():
         attached(sparsity=None, budget=sc.Budget(0, "units"))
 
 
+def test_a_pattern_is_refused():
+    with pytest.raises(BudgetError, match="N:M"):
+        attached(sparsity=None, budget=sc.Budget.nm("2:4"))
+
+
+def test_a_floor_keeps_the_blocks_that_most_samples_opened():
+    _, _, run = attached(steps=1, sparsity=None, budget=sc.Budget(0.0, floor=2))
+    for name, count in zip(GATED, (3, 5, 0), strict=True):
+        run.parts[0].open[name] = (torch.arange(16) < count).float()[:, None]
+    run.penalty()
+    run.step = 1
+    plan = run.finish()
+    assert plan.masks["1"].tolist() == [True, True]
+    assert plan.masks["2"].tolist() == [True, True]  # 2.0 has no gate and 2.1 is needed for two
+
+
 def test_the_gates_of_data_are_those_of_eval_mode():
     model, _, run = attached()
     force(run.parts[0], {"1.0": 5.0, "1.1": -5.0, "2.1": 5.0})
@@ -317,6 +357,7 @@ def test_a_resumed_training_is_the_straight_one_bit_by_bit():
     other.load_state_dict(saved[1])
     resumed = sc.sparsify(again, other, "consensus", 0.0, steps=8, tail=0.7, state=saved[2])
     train(again, other, resumed, 4, 8)
+    assert resumed.parts[0].samples == run.parts[0].samples + 4 * 16 == 6 * 16
     assert resumed.finish().facts == straight.facts
     assert all(torch.equal(value, wanted[name]) for name, value in again.state_dict().items())
     momentum = [

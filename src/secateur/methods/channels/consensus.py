@@ -441,8 +441,6 @@ class ConsensusGates(Part):
 def _target(order: Order, gated: Sequence[Gated]) -> float | None:
     """The open share to aim for; None leaves it to the weights."""
     budget, units = order.budget, sum(one.units for one in gated)
-    if budget.pattern:
-        raise BudgetError(f"{order.method} removes blocks or channels; an N:M pattern does not apply to them")
     keep = budget.of(UnitKind.CHANNEL if gated[0].readers else UnitKind.BLOCK).keep(units)
     if keep == 0:
         raise BudgetError(f"{order.method} cannot aim to close all gates; let one stay, or give sparsity 0 for no aim")
