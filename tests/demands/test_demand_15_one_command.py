@@ -32,15 +32,22 @@ BY_PROTOCOL = {
 def test_one_command_for_every_method(place, method):
     words = ["prune", "lm", "--method", method, "--sparsity", "0.5", "--minimum", "1", "--data", "text.txt"]
     words += ["--set", "resolution=5"] if method == "rd" else []  # amounts tried per layer, each a run of the model
-    check_result(place, method, good(*words, "--out", f"one-{method}"))
+    check_result(place / f"one-{method}", method, good(*words, "--out", f"one-{method}"))
 
 
-@pytest.mark.parametrize("method", ["granet", "gmp", "rigl", "set", "static"])
+@pytest.mark.parametrize("method", sorted({*BY_PROTOCOL[Protocol.SPARSIFIER]} - {"consensus"}))
 def test_one_command_for_every_method_that_trains(place, method):
     words = ["train", "lm", "--method", method, "--sparsity", "0.5", "--minimum", "1", "--data", "text.txt"]
     words += ["--steps", "12", "--evaluate-every", "4", "--recipe", "lr=0.01", "--recipe", "batch=4"]
-    words += [] if method == "static" else ["--set", "every=2"]
-    check_result(place, method, good(*words, "--out", f"one-{method}"))
+    words += ["--set", "every=2"] if "every" in sc.methods()[method].settings.model_fields else []
+    check_result(place / f"trained-{method}", method, good(*words, "--out", f"trained-{method}"))
+
+
+def test_one_command_for_a_method_that_needs_convolutions(place):
+    words = ["train", "zoo:digits-resnet", "--method", "consensus", "--sparsity", "0.4", "--steps", "6"]
+    done = good(*words, "--recipe", "batch=32", "--evaluate-every", "3", "--out", "trained-consensus")
+    assert "saved in" in done.out
+    assert "accuracy" in done.out
 
 
 AROUND = {
@@ -65,17 +72,16 @@ def test_one_command_for_every_method_around_trainings(place, method):
     assert (place / f"one-{method}" / "secateur" / "findings.json").exists()
 
 
-def check_result(place, method, done):
-    out = f"one-{method}"
+def check_result(out, method, done):
     assert "saved in" in done.out
     assert "perplexity" in done.out
     assert len(done.out.splitlines()) < 20  # a result, not a log
     assert all(line.startswith("warning: ") for line in done.err.splitlines() if not line.endswith(" s"))
-    record = Record.load(place / out / "secateur" / "report.json")
+    record = Record.load(out / "secateur" / "report.json")
     assert record.method.name == method
     assert record.budget.sparsity == pytest.approx(0.5)
-    json.loads((place / out / "secateur" / "report.json").read_text())
-    assert (place / out / "report.html").exists()
+    json.loads((out / "secateur" / "report.json").read_text())
+    assert (out / "report.html").exists()
 
 
 def test_python_needs_five_lines(place):

@@ -84,7 +84,7 @@ def test_a_minimum_that_no_layer_reaches_changes_nothing():
     [
         ({"minimum": 17}, BudgetError, "highest sparsity with this floor"),
         ({"reference": True}, SettingsError, "no gradual variant"),
-        ({"start": 0.8}, SettingsError, "start at 0.8 and stop at 0.75"),
+        ({"start": 0.8}, SettingsError, "from start=0.8 to stop=0.75"),
     ],
 )
 def test_impossible_requests_are_refused_before_the_first_step(settings, error, words):

@@ -386,6 +386,8 @@ def test_schedules_that_do_not_fit_are_refused():
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(SettingsError, match="ends at step 30, but training has 24 steps"):
         Sparsifier(model, optimizer, [PruneTo(Ramp(Window(0, 30, 5), 1.0, 0.2))], order())
+    with pytest.raises(SettingsError, match="is over before the first optimiser step"):
+        Sparsifier(model, optimizer, [PruneTo(Ramp(Window.share(0, 0.75, 24, 100), 1.0, 0.2))], order())
     with pytest.raises(BudgetError, match=r"final density 0.6 is above the initial 0.5"):
         Sparsifier(model, optimizer, [StartSparse(0.5), PruneTo(Ramp(Window(0, 9), 0.5, 0.6))], order(0.6))
     with pytest.raises(SettingsError, match="at least 1 optimiser step"):

@@ -178,8 +178,12 @@ def checked_window(window: Window, steps: int, what: str = "the schedule") -> Wi
     """The window, if the training is long enough for it.
 
     Raises:
-        SettingsError: the schedule is longer than the training.
+        SettingsError: the schedule is longer than the training, or over before its first step.
     """
+    if window.stop < 1:
+        raise SettingsError(
+            f"{what} is over before the first optimiser step; give more steps or events closer together"
+        )
     if window.stop > steps:
         raise SettingsError(
             f"{what} ends at step {window.stop}, but training has {steps} steps; shorten it or train longer"

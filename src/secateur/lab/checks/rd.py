@@ -24,12 +24,13 @@ from secateur.data.dataset import Dataset
 from secateur.data.running import evaluating
 from secateur.lab.checks._cifar import comparison
 from secateur.lab.checks._digits import digits
+from secateur.lab.checks._training import fitting
 from secateur.lab.reproduce import Check, Expectation, Sample
 from secateur.measure import accuracy
-from secateur.recover import Request, find
 from secateur.scores.weights import lamp, magnitude, uniform_random
 from secateur.stats.responses import response_curves
 from secateur.structure.sites import weight_layers
+from secateur.train.loop import Recipe
 
 CALIBRATION, RESOLUTION = 256, 50  # images; 51 amounts
 LEVELS = (0.6, 0.7, 0.8)
@@ -103,10 +104,9 @@ def trained(seed: int, progress: Progress) -> nn.Module:
     """The network after 15 epochs of SGD (0.05, momentum 0.9, cosine)."""
     with seeded(seed):
         model = network()
-    recovery, batch = find("finetune"), 64
+    batch = 64
     steps = 15 * math.ceil(len(digits().calibration) / batch)
-    settings = {"steps": steps, "lr": 0.05, "optimizer": "sgd", "batch": batch, "warmup": 0, "clip": 1e6}
-    recovery.run(Request(model, Plan({}, {}), digits().calibration, seed, progress), recovery.configure(settings))
+    fitting(Recipe(steps=steps, batch=batch, lr=0.05, nesterov=True), seed, progress=progress)(model)
     return model.eval()
 
 

@@ -32,13 +32,17 @@ from secateur.core.progress import track
 from secateur.core.units import Site, UnitKind
 from secateur.scores.weights import magnitude
 from secateur.structure.sites import weight_layers
+from secateur.train.events import PruningEvents
 from secateur.train.parts import PruneTo
-from secateur.train.schedules import Ramp, Shape, Window
+from secateur.train.schedules import Ramp, Shape
 from secateur.train.sparsifier import Order, Sparsifier
 
 
-class GlobalMagnitudeSettings(Settings):
-    """Settings; the code's default minimum is 0.05 % of all weights, the paper's plain variant has none."""
+class GlobalMagnitudeSettings(PruningEvents):
+    """Settings; the code's default minimum is 0.05 % of all weights, the paper's plain variant has none.
+
+    The events are those of the gradual variant; `sc.plan` has none.
+    """
 
     minimum: int = Field(0, ge=0, description="every layer keeps at least this many weights (MT, absolute)")
     minimum_percent: float = Field(
@@ -46,9 +50,7 @@ class GlobalMagnitudeSettings(Settings):
     )
     spread: Spread = Field(Spread.GLOBAL, description="one list over all layers (paper), or uniform/erk for comparison")
     reference: bool = Field(False, description="the official code's thresholds: keeps the k-th smallest weight")
-    start: float = Field(0.0, ge=0, lt=1, description="while training: share of the steps before pruning begins")
-    stop: float = Field(0.75, gt=0, le=1, description="while training: share of the steps at the last event")
-    every: int = Field(100, ge=1, description="while training: optimiser steps between two events")
+    stop: float = Field(0.75, gt=0, description="last pruning event: up to 1 a share of the training, above it a step")
 
     def least(self, units: int, asked: int) -> int:
         """Weights that every layer keeps, of `units` in all, where the budget asks for a floor of `asked`."""
@@ -116,14 +118,7 @@ def parts(order: Order, settings: GlobalMagnitudeSettings) -> Sequence[PruneTo]:
     """
     if settings.reference:
         raise SettingsError("the official code has no gradual variant; leave reference off while training")
-    if settings.stop <= settings.start:
-        raise SettingsError(f"pruning would start at {settings.start:g} and stop at {settings.stop:g} of the training")
-    ramp = Ramp(
-        Window.share(settings.start, settings.stop, order.steps, settings.every),
-        initial=1.0,
-        final=1 - order.budget.sparsity,
-        shape=Shape.CUBIC,
-    )
+    ramp = Ramp(settings.pruning(order.steps), initial=1.0, final=1 - order.budget.sparsity, shape=Shape.CUBIC)
     return [FlooredPruneTo(ramp, settings)]
 
 
