@@ -27,7 +27,7 @@ from secateur.allocate.spread import Spread, choose
 from secateur.core import tags as t
 from secateur.core.budget import Budget
 from secateur.core.errors import SettingsError
-from secateur.core.method import Decision, Group, Method, Protocol, Settings, Task
+from secateur.core.method import Decision, Group, Method, Protocol, Task
 from secateur.core.progress import track
 from secateur.core.units import Site, UnitKind
 from secateur.scores.weights import magnitude
