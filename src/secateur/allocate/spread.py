@@ -13,7 +13,7 @@ from secateur.allocate import ratios
 from secateur.allocate.counts import largest_remainder, with_floor
 from secateur.core.budget import Budget, Quantity
 from secateur.core.progress import Progress, track
-from secateur.core.select import keep_global, keep_pattern, keep_top
+from secateur.core.select import count_true, keep_global, keep_pattern, keep_top
 from secateur.core.units import Site
 from secateur.structure.layers import from_matrix, to_matrix
 
@@ -77,15 +77,22 @@ def choose(
     sizes = {name: site.units for name, site in sites.items()}
     total = budget.keep(sum(sizes.values()))
     if spread is Spread.GLOBAL:
-        masks = keep_global(scores, total)
-        counts = {name: int(mask.sum()) for name, mask in masks.items()}
-        floored = with_floor(counts, sizes, budget.floor)
-        if floored == counts:
-            return masks
-        return keep_counts(scores, floored)
+        return keep_floored(scores, total, budget.floor)
     shapes = {name: site.shape for name, site in sites.items()}
     counts = largest_remainder(shares(spread, shapes, total, ends), total, sizes)
     return keep_counts(scores, with_floor(counts, sizes, budget.floor))
+
+
+def keep_floored(scores: Mapping[str, Tensor], keep: int, floor: int) -> dict[str, Tensor]:
+    """One ranking over all sites, in which each keeps at least `floor`, or all that it has.
+
+    Raises:
+        BudgetError: the floors keep more than `keep`.
+    """
+    masks = keep_global(scores, keep)
+    counts = {name: count_true(mask) for name, mask in masks.items()}
+    floored = with_floor(counts, {name: score.numel() for name, score in scores.items()}, floor)
+    return masks if floored == counts else keep_counts(scores, floored)
 
 
 def choose_in_rounds(

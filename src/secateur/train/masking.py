@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from secateur.core.errors import ModelError, PlanError
+from secateur.core.select import count_true, places
 from secateur.train.sharding import is_sharded, local, parted_like, whole
 
 
@@ -47,6 +48,7 @@ class Masks:
         }
         self.kept = {name: p.numel() for name, p in self.parameters.items()}
 
+    @torch.no_grad()
     def set(self, name: str, keep: Tensor) -> None:
         """A new mask (whole, True = keep) for one parameter; what it removes is zeroed at once.
 
@@ -56,9 +58,20 @@ class Masks:
         parameter = self.parameters.get(name)
         if parameter is None or parameter.shape != keep.shape:
             raise PlanError(f"the model has no parameter '{name}' of shape {list(keep.shape)} to keep masked")
-        self.kept[name] = int(keep.sum())
-        self.removed[name] = parted_like(~keep, parameter)
-        self.enforce([name])
+        self.kept[name] = count_true(keep)
+        removed = parted_like(~keep, parameter)
+        gone = places(removed & ~self.removed[name])
+        self.removed[name] = removed
+        if self.writes:
+            for tensor in (parameter.detach(), *self.states(parameter)):
+                self._zero(local(tensor), gone)
+
+    @staticmethod
+    def _zero(tensor: Tensor, gone: Tensor) -> None:
+        if tensor.is_contiguous():
+            tensor.view(-1).index_fill_(0, gone, 0)
+        else:
+            tensor[torch.unravel_index(gone, tensor.shape)] = 0
 
     def get(self, name: str) -> Tensor:
         """One mask, whole, True = keep."""
@@ -82,17 +95,21 @@ class Masks:
         return {name: self.get(name) for name in self.parameters}
 
     @torch.no_grad()
-    def enforce(self, names: Iterable[str] | None = None) -> None:
+    def enforce(self) -> None:
         """Zero the removed entries of weights and of every state tensor of the same shape."""
-        if not self.writes:
-            return
-        for name in self.parameters if names is None else names:
-            parameter, removed = self.parameters[name], self.removed[name]
-            if self.kept[name] == parameter.numel():
-                continue
-            local(parameter.detach()).masked_fill_(removed, 0)
-            for state in self.states(parameter):
-                local(state).masked_fill_(removed, 0)
+        for name, parameter in self.parameters.items():
+            if self.kept[name] < parameter.numel():
+                # times 0 or 1: a fifth of the time of a masked fill on CPU. What is NaN stays NaN
+                keep = self.removed[name].logical_not().view(torch.int8)
+                for tensor in (parameter.detach(), *self.states(parameter)):
+                    local(tensor).mul_(keep)
+
+    @torch.no_grad()
+    def clean(self) -> None:
+        """As `enforce`, and what was removed is +0 whatever it was before: equal masks and weights, equal bytes."""
+        for name, parameter in self.parameters.items():
+            for tensor in (parameter.detach(), *self.states(parameter)):
+                local(tensor).masked_fill_(self.removed[name], 0)
 
     def states(self, parameter: nn.Parameter) -> list[Tensor]:
         """The optimiser's tensors that hold one number per weight: momentum, moments."""

@@ -12,17 +12,18 @@ from torch import Tensor
 
 from secateur.allocate.counts import largest_remainder, uniform, with_floor
 from secateur.allocate.ratios import PLAIN, Ends
-from secateur.allocate.spread import Spread, choose, keep_counts, shares
+from secateur.allocate.spread import Spread, choose, keep_counts, keep_floored, shares
 from secateur.core.budget import Budget, Quantity
 from secateur.core.errors import BudgetError
-from secateur.core.select import keep_top
+from secateur.core.select import all_finite, count_true, keep_top, places
 from secateur.scores.weights import magnitude, uniform_random
 from secateur.train.part import Part
 from secateur.train.schedules import CosineRate, Ramp, Window, checked_window
 from secateur.train.sharding import local, parted_like
 from secateur.train.sparsifier import Sparsifier, refuse_unreached
 
-GONE = -1.0  # below every magnitude: what is removed is never ranked above what is kept
+GONE = -1.0  # below every growth: what stays is never chosen again
+SAMPLED = 256  # places that are looked at first
 
 
 class StartSparse(Part):
@@ -44,7 +45,9 @@ class StartSparse(Part):
             keep = run.target  # a sparsity rounds the other way than a density
         scores = {name: uniform_random(site.shape, run.rng("start", name)) for name, site in run.sites.items()}
         masks = choose(scores, run.sites, Budget(keep, Quantity.UNITS, floor=run.floor), self.spread, self.ends)
-        run.set_masks(masks, "start", kept=_counted(run, masks, run.floor))
+        counts = {name: count_true(mask) for name, mask in masks.items()}
+        _say_floored(run, counts, run.floor)
+        run.set_masks(masks, "start", kept=counts)
 
 
 class PruneTo(Part):
@@ -55,7 +58,7 @@ class PruneTo(Part):
     Args:
         ramp: density along the training; its last value is what the budget asks for.
         spread: one ranking over all layers, or a density for each from their shapes.
-        score: weight -> importance.
+        score: weights -> importance, each by itself.
         ends: what the rules on shapes leave open.
     """
 
@@ -85,9 +88,9 @@ class PruneTo(Part):
         """Weights that every layer keeps at every event."""
         return run.floor
 
-    def ranked(self, run: Sparsifier, name: str) -> Tensor:
-        """One layer's importance for the event at this step, higher = keep."""
-        return self.score(run.weight(name))
+    def ranked(self, run: Sparsifier, name: str, alive: Tensor) -> Tensor:
+        """Importance of one layer's weights at the flat indices `alive`, for the event at this step, higher = keep."""
+        return self.score(run.weight(name).reshape(-1).index_select(0, alive))
 
     def after_step(self, run: Sparsifier) -> None:
         """One event, if it is time."""
@@ -105,16 +108,21 @@ class PruneTo(Part):
         keep = max(run.target, self.wanted(run))
         if keep >= sum(run.masks.kept.values()):
             return
-        scores = {name: self.ranked(run, name) for name in run.sites}
-        for name, score in scores.items():
-            if run.masks.kept[name] < score.numel():
-                scores[name] = score.masked_fill(~run.masks.get(name), GONE)
+        masks = {name: run.masks.get(name) for name in run.sites}
+        alive = {name: places(mask) for name, mask in masks.items()}
+        scores = {name: self.ranked(run, name, index) for name, index in alive.items()}
         least = self.floor(run)
         if self.spread is Spread.GLOBAL:
-            masks = choose(scores, run.sites, Budget(keep, Quantity.UNITS, floor=least), self.spread)
+            stays = keep_floored(scores, keep, least)
         else:
-            masks = keep_counts(scores, self.counts(run, keep))
-        run.set_masks(masks, "prune", asked=keep / run.units, kept=_counted(run, masks, least))
+            stays = keep_counts(scores, self.counts(run, keep))
+        counts = {}
+        for name, mask in masks.items():
+            gone = alive[name].index_select(0, places(~stays[name]))
+            mask.view(-1).index_fill_(0, gone, False)
+            counts[name] = len(alive[name]) - len(gone)
+        _say_floored(run, counts, least)
+        run.set_masks(masks, "prune", asked=keep / run.units, kept=counts)
 
     def counts(self, run: Sparsifier, keep: int) -> dict[str, int]:
         """Survivors of each layer by the rule on shapes; none gets more than it has, whatever the rounding."""
@@ -170,7 +178,7 @@ class Regrow(Part):
                 return  # a refused event leaves every layer as it is
             if kept < run.sites[name].units and self._tells(run, name, scores):
                 masks[name] = self.exchanged(run, name, scores)
-                moved += int((masks[name] & ~run.masks.get(name)).sum())
+                moved += count_true(masks[name] & ~run.masks.get(name))
         if masks:
             run.set_masks(masks, "regrow", rate=self.rate.at(run.step), grown=moved)
 
@@ -189,14 +197,19 @@ class Regrow(Part):
         if gradient is None:
             run.warn(f"step {run.step}: '{name}' has no gradient, so nothing was regrown (zero_grad before the step?)")
             return None
-        if not torch.isfinite(gradient).all():
+        if not all_finite(gradient):
             run.warn(f"step {run.step}: the gradient of '{name}' is NaN or infinite, so nothing was regrown")
             return None
-        return gradient.abs().float()
+        return gradient.float()
 
     def _tells(self, run: Sparsifier, name: str, scores: Tensor) -> bool:
         """Whether the removed weights have gradients: without any, the exchange would go by their index."""
-        found = bool(scores.masked_fill(run.masks.get(name), 0).any())
+        mask, step = run.masks.get(name), max(1, scores.numel() // SAMPLED)
+        # nearly always the few sampled places settle it
+        found = any(
+            bool(growth.masked_fill(keep, 0).any())
+            for growth, keep in ((scores.reshape(-1)[::step], mask.reshape(-1)[::step]), (scores, mask))
+        )
         if not found and bool(scores.any()):
             run.warn(
                 f"the {self.growth} of '{name}' was zero at every removed weight, so nothing was regrown "
@@ -208,7 +221,7 @@ class Regrow(Part):
         """Averages of gradients over the steps, of all weights: the optimiser's own are zero where weights are."""
         for name in run.sites:
             gradient = run.gradient(name)
-            if gradient is None or not torch.isfinite(gradient).all():
+            if gradient is None or not all_finite(gradient):
                 continue
             mean, square = self.averages.get(name, gradient.new_zeros((2, *gradient.shape)))
             self.averages[name] = torch.stack(
@@ -239,26 +252,24 @@ def exchange(weight: Tensor, mask: Tensor, growth: Tensor, leaving: int) -> Tens
     Args:
         weight: one layer's.
         mask: of its shape, True = keep.
-        growth: of its shape, at least 0.
+        growth: of its shape; its absolute value counts.
         leaving: at most the number of survivors.
 
     Returns:
         A mask with as many True as before.
     """
-    kept = int(mask.sum())
-    scores = magnitude(weight).masked_fill(~mask, GONE)
-    staying = keep_top(scores.reshape(-1), kept - leaving)
-    open_places = growth.reshape(-1).masked_fill(staying, GONE)
-    return (staying | keep_top(open_places, leaving)).view(mask.shape)
+    alive = places(mask)
+    stays = keep_top(magnitude(weight.reshape(-1).index_select(0, alive)), len(alive) - leaving)
+    staying = alive.index_select(0, places(stays))
+    room = growth.reshape(-1).abs().index_fill_(0, staying, GONE)
+    return keep_top(room, leaving).index_fill_(0, staying, True).view(mask.shape)
 
 
-def _counted(run: Sparsifier, masks: Mapping[str, Tensor], least: int) -> dict[str, int]:
-    """Survivors of each layer; a warning for those that only the floor kept alive."""
-    counts = {name: int(mask.sum()) for name, mask in masks.items()}
+def _say_floored(run: Sparsifier, counts: Mapping[str, int], least: int) -> None:
+    """A warning for the layers that only the floor kept alive."""
     for name, count in counts.items():
-        if count == least < masks[name].numel():
+        if count == least < run.sites[name].units:
             run.warn(f"layer '{name}' was held at the floor of {least} weights")
-    return counts
 
 
 class SoftShrink(Part):

@@ -291,7 +291,7 @@ class Sparsifier:
         if not self._closed:
             for part in self.parts:
                 part.finish(self)
-            self.masks.enforce()
+            self.masks.clean()
             self.close()
         return self.plan()
 

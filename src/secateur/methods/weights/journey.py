@@ -97,8 +97,11 @@ class GlobalPruneTo(PruneTo):
         for name, why in weight_layers(run.model).skipped.items():
             run.warn(f"'{name}' is not pruned: it {why}")
 
-    def ranked(self, run: Sparsifier, name: str) -> Tensor:
+    def ranked(self, run: Sparsifier, name: str, alive: Tensor) -> Tensor:
         """|w|, or a draw per weight; infinite for what its group must keep."""
+        return self._ranked(run, name).reshape(-1)[alive]
+
+    def _ranked(self, run: Sparsifier, name: str) -> Tensor:
         weight = run.weight(name)
         score = magnitude(weight)
         if self.kind is Score.RANDOM:
