@@ -29,12 +29,16 @@ def test_the_streamed_ranking_is_that_of_a_sort(data):
     if data.draw(st.booleans()):
         scores = {name: score.sort().values for name, score in scores.items()}  # misleads a strided sample
     keep = data.draw(st.integers(0, sum(sizes)))
-    before = select.SAMPLE, select.CHUNK
-    select.SAMPLE, select.CHUNK = data.draw(st.sampled_from([2, 8])), 16
+    before = select.SAMPLE, select.CHUNK, select.FEW
+    select.SAMPLE, select.CHUNK, select.FEW = (
+        data.draw(st.sampled_from([2, 8])),
+        16,
+        data.draw(st.sampled_from([0, 999])),
+    )
     try:
         found = keep_global(scores, keep)
     finally:
-        select.SAMPLE, select.CHUNK = before
+        select.SAMPLE, select.CHUNK, select.FEW = before
     expected = sorted_out(scores, keep)
     assert all(torch.equal(found[name], expected[name]) for name in scores)
 

@@ -124,17 +124,16 @@ def keep_global(scores: Mapping[str, Tensor], keep: int) -> dict[str, Tensor]:
 
     The scores are not copied: a sample brackets the threshold, and only what lies inside is sorted out.
     """
-    for name, score in scores.items():
-        check_scores(score, name)
     total = sum(score.numel() for score in scores.values())
     if not 0 <= keep <= total:
         raise BudgetError(f"cannot keep {keep} of {total} units; the reachable range is 0 to {total}")
+    if total <= FEW and len({score.device for score in scores.values()}) == 1:
+        return _keep_joined(scores, keep)
+    for name, score in scores.items():
+        check_scores(score, name)
     if keep in (0, total):
         return {name: torch.full_like(score, keep > 0, dtype=torch.bool) for name, score in scores.items()}
-    # of several dtypes the widest, so that no two different scores become equal
-    dtype = reduce(torch.promote_types, (score.dtype for score in scores.values()))
-    if dtype in (torch.bfloat16, torch.float16):
-        dtype = torch.float32  # widens exactly
+    dtype = _widest(scores)
     flat = {name: score.detach().reshape(-1) for name, score in scores.items()}
     threshold = _kth_of_all([part for part in flat.values() if part.numel()], total - keep, dtype)
     masks = {name: _above(part.to(dtype), threshold) for name, part in flat.items()}
@@ -142,6 +141,23 @@ def keep_global(scores: Mapping[str, Tensor], keep: int) -> dict[str, Tensor]:
     if missing:
         _add_ties(masks, lambda name: flat[name].to(dtype) == threshold, missing)
     return {name: mask.view(scores[name].shape) for name, mask in masks.items()}
+
+
+def _widest(scores: Mapping[str, Tensor]) -> torch.dtype:
+    """Of several dtypes the widest, so that no two different scores become equal."""
+    dtype = reduce(torch.promote_types, (score.dtype for score in scores.values()))
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype  # widens exactly
+
+
+def _keep_joined(scores: Mapping[str, Tensor], keep: int) -> dict[str, Tensor]:
+    """The same for few scores: one tensor instead of many."""
+    dtype = _widest(scores)
+    joined = torch.cat([score.detach().reshape(-1).to(dtype) for score in scores.values()])
+    if any_nan(joined):
+        for name, score in scores.items():
+            check_scores(score, name)
+    parts = torch.split(keep_top(joined, keep), [score.numel() for score in scores.values()])
+    return {name: part.view(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
 
 
 def _add_ties(masks: Mapping[str, Tensor], tied: Callable[[str], Tensor], missing: int) -> None:
@@ -154,15 +170,14 @@ def _add_ties(masks: Mapping[str, Tensor], tied: Callable[[str], Tensor], missin
             return
 
 
-SAMPLE, CHUNK = 1 << 16, 1 << 22
+SAMPLE, CHUNK = 1 << 16, 1 << 22  # scores that bracket the threshold; that are looked at at once
+FEW = 4 * SAMPLE  # up to which everything is joined
 
 
 def _kth_of_all(parts: Sequence[Tensor], k: int, dtype: torch.dtype) -> Tensor:
     """The k-th smallest value (1-based) over all parts, without joining them."""
     total = sum(part.numel() for part in parts)
-    if total <= 4 * SAMPLE:
-        return _kth_smallest(torch.cat([part.to(dtype) for part in parts]), k)
-    step = total // SAMPLE
+    step = max(1, total // SAMPLE)
     sample = _sorted(torch.cat([part[::step].to(dtype) for part in parts]))
     place, spread = k / total * len(sample), 8 * len(sample) ** 0.5
     low = sample[int(max(0, place - spread))]

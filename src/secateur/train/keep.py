@@ -49,7 +49,8 @@ class MaskKeeper:
         self.masks.enforce()
 
     def close(self) -> None:
-        """Stop enforcing."""
+        """Stop enforcing; what was removed is left at exactly +0."""
+        self.masks.clean()
         self._handle.remove()
 
     def __enter__(self) -> MaskKeeper:

@@ -48,7 +48,6 @@ class Masks:
         }
         self.kept = {name: p.numel() for name, p in self.parameters.items()}
 
-    @torch.no_grad()
     def set(self, name: str, keep: Tensor) -> None:
         """A new mask (whole, True = keep) for one parameter; what it removes is zeroed at once.
 
@@ -94,7 +93,6 @@ class Masks:
         """Every mask, whole, True = keep."""
         return {name: self.get(name) for name in self.parameters}
 
-    @torch.no_grad()
     def enforce(self) -> None:
         """Zero the removed entries of weights and of every state tensor of the same shape."""
         for name, parameter in self.parameters.items():
@@ -104,7 +102,6 @@ class Masks:
                 for tensor in (parameter.detach(), *self.states(parameter)):
                     local(tensor).mul_(keep)
 
-    @torch.no_grad()
     def clean(self) -> None:
         """As `enforce`, and what was removed is +0 whatever it was before: equal masks and weights, equal bytes."""
         for name, parameter in self.parameters.items():
