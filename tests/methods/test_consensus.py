@@ -13,7 +13,8 @@ from secateur.core.method import Batch
 from secateur.core.units import UnitKind
 from secateur.gates.pooled import PooledGate
 from secateur.measure.flops import flops
-from secateur.methods.channels.consensus import ConsensusSettings, gateable
+from secateur.methods.channels.consensus import ConsensusSettings
+from secateur.train.gated import gateable
 
 GATED = ["1.0", "1.1", "2.1"]
 

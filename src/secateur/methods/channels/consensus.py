@@ -25,9 +25,7 @@ the optimiser's last group, without weight decay: make learning rate schedulers 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
-from math import prod
 from typing import Any
 
 import torch
@@ -46,10 +44,17 @@ from secateur.data.running import evaluating
 from secateur.gates.polarisation import activation_loss, agreement_loss, consensus
 from secateur.gates.pooled import PooledGate
 from secateur.structure.analysis import Structure, analyse
-from secateur.structure.dims import axes, size
-from secateur.structure.kinds import OUT_DIM
-from secateur.structure.layers import layout_of
 from secateur.train.extra import Extra
+from secateur.train.gated import (
+    Costs,
+    Gated,
+    block_channels,
+    cost_of_block,
+    cost_of_channel,
+    gateable,
+    inner_channels,
+    out_dim,
+)
 from secateur.train.part import Part
 from secateur.train.sparsifier import Order, Sparsifier
 
@@ -62,14 +67,6 @@ class Mode(StrEnum):
 
     LAYER = "layer"
     CHANNEL = "channel"
-
-
-class Costs(StrEnum):
-    """What an open gate costs."""
-
-    EQUAL = "equal"
-    PARAMETERS = "parameters"
-    FLOPS = "flops"
 
 
 class ConsensusSettings(Settings):
@@ -106,77 +103,6 @@ class ConsensusSettings(Settings):
         return activation, activation * ratio if self.polarisation is None else self.polarisation
 
 
-@dataclass(frozen=True)
-class Gated:
-    """What one gate decides on.
-
-    Attributes:
-        name: the block's, or the site's of the channels.
-        block: whose input the gate looks at.
-        units: gates per sample; 1 for a block.
-        readers: the layers that read the gated channels; none for a block.
-        cost: of one unit, in what the settings count.
-    """
-
-    name: str
-    block: str
-    units: int = 1
-    readers: tuple[str, ...] = ()
-    cost: float = 1.0
-
-
-# --- where gates go -------------------------------------------------------------------------------
-
-
-def gateable(model: nn.Module, structure: Structure) -> list[str]:
-    """Blocks of convolutions that add what they compute to their unchanged input, in the model's order.
-
-    They stand in lists inside the model, from which they can be taken out; blocks inside of blocks are left alone.
-    """
-    found = {name for names in structure.blocks.values() for name in names}
-    ordered: list[str] = []
-    for name, block in model.named_modules():
-        stack = name.rpartition(".")[0]
-        listed = bool(stack) and isinstance(model.get_submodule(stack), (nn.Sequential, nn.ModuleList))
-        inside = any(name.startswith(f"{outer}.") for outer in ordered)
-        if name in found and listed and not inside and not isinstance(block, nn.Sequential) and _channels(block):
-            ordered.append(name)
-    return ordered
-
-
-def _channels(block: nn.Module) -> int:
-    """Of a block's input; 0 where the block is no network of convolutions."""
-    return next((m.in_channels for m in block.modules() if isinstance(m, nn.Conv2d)), 0)
-
-
-def inner_channels(model: nn.Module, structure: Structure, block: str) -> dict[str, tuple[str, ...]]:
-    """Sites of channels that live between layers of one block -> the layers that read them.
-
-    Left out are parts of fused or grouped layers and channels that a norm counts: closing those is not removing them.
-    """
-    found = structure.observation.statistics.values()
-    counted = {axis for calls in found for one in calls for dim in one.dims for axis in axes(dim)}
-    sites = {}
-    for name, site in structure.sites.items():
-        plain = all((p.offset, p.stride, p.repeat, p.times) == (0, 1, 1, 1) for p in site.occurrences)
-        inside = all(place.parameter.startswith(f"{block}.") for place in site.occurrences)
-        readers = _readers(model, site) if plain and inside and site.kind is UnitKind.CHANNEL else ()
-        if readers and structure.axes[name] not in counted and name not in structure.within:
-            sites[name] = readers
-    return sites
-
-
-def _readers(model: nn.Module, site: Site) -> tuple[str, ...]:
-    weights = [place for place in site.occurrences if _out(model, place.parameter) == 1 - place.dim]
-    return tuple(dict.fromkeys(place.parameter.rpartition(".")[0] for place in weights))
-
-
-def _out(model: nn.Module, parameter: str) -> int | None:
-    """The dimension of a layer's weight along which its outputs lie."""
-    layout = layout_of(model.get_submodule(parameter.rpartition(".")[0]))
-    return None if layout is None else OUT_DIM[layout]
-
-
 def find_gated(model: nn.Module, structure: Structure, order: Order, settings: ConsensusSettings) -> list[Gated]:
     """Everything that gets a gate.
 
@@ -189,10 +115,10 @@ def find_gated(model: nn.Module, structure: Structure, order: Order, settings: C
         if matches(name, settings.blocks) and matches(name, order.include, order.exclude)
     ]
     if settings.mode is Mode.LAYER:
-        found = [Gated(name, name, cost=_cost_of_block(model, structure, name, settings.costs)) for name in blocks]
+        found = [Gated(name, name, cost=cost_of_block(model, structure, name, settings.costs)) for name in blocks]
     else:
         found = [
-            Gated(site, block, structure.sites[site].units, readers, _cost_of_channel(structure, site, settings.costs))
+            Gated(site, block, structure.sites[site].units, readers, cost_of_channel(structure, site, settings.costs))
             for block in blocks
             for site, readers in inner_channels(model, structure, block).items()
             if all(matches(place.parameter, ("*",), order.exclude) for place in structure.sites[site].occurrences)
@@ -204,22 +130,6 @@ def find_gated(model: nn.Module, structure: Structure, order: Order, settings: C
             "model" + (", with channels between their layers" if settings.mode is Mode.CHANNEL else "")
         )
     return found
-
-
-def _cost_of_block(model: nn.Module, structure: Structure, name: str, costs: Costs) -> float:
-    if costs is Costs.PARAMETERS:
-        return float(sum(p.numel() for p in model.get_submodule(name).parameters()))
-    if costs is Costs.FLOPS:
-        own = (one for one in structure.observation.products if f"{one.module}.".startswith(f"{name}."))
-        return float(sum(one.factor * prod(map(size, one.dims)) for one in own))
-    return 1.0
-
-
-def _cost_of_channel(structure: Structure, name: str, costs: Costs) -> float:
-    site = structure.sites[name]
-    if costs is Costs.PARAMETERS:
-        return site.parameters / site.units
-    return structure.flops({}) - structure.flops({name: site.units - 1}) if costs is Costs.FLOPS else 1.0
 
 
 # --- the training -----------------------------------------------------------------------------------
@@ -259,7 +169,7 @@ class ConsensusGates(Part):
     def _gate(self, run: Sparsifier, one: Gated) -> PooledGate:
         block, own = run.model.get_submodule(one.block), self.settings
         first = next(block.parameters())
-        gate = PooledGate(_channels(block), one.units, own.hidden, own.bias, run.rng("gate", one.name))
+        gate = PooledGate(block_channels(block), one.units, own.hidden, own.bias, run.rng("gate", one.name))
         return gate.to(first.device, first.dtype)
 
     def _hang(self, model: nn.Module, one: Gated) -> list[Any]:
@@ -365,7 +275,7 @@ class ConsensusGates(Part):
         idle = self._stay(run, one.name) & ~consensus(self.rates[one.name]).mask
         parameters = dict(run.model.named_parameters())
         for place in self.sites[one.name].occurrences if bool(idle.any()) else ():
-            if _out(run.model, place.parameter) == 1 - place.dim:
+            if out_dim(run.model, place.parameter) == 1 - place.dim:
                 weight = parameters[place.parameter]
                 weight.index_fill_(place.dim, idle.nonzero().flatten().to(weight.device), 0.0)
 
