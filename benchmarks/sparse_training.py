@@ -24,41 +24,12 @@ from torch.nn.utils import prune
 
 from secateur.core.budget import Budget, Quantity
 from secateur.core.select import keep_global
+from secateur.lab.checks._cifar import ResNet20
 from secateur.train.parts import PruneTo, Regrow, StartSparse
 from secateur.train.schedules import CosineRate, Ramp, Window
 from secateur.train.sparsifier import Order, Sparsifier
 
 THREADS = 2
-
-
-class Block(nn.Module):
-    """Two convolutions and a shortcut that subsamples and pads with zeros."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs)
-        self.stride, self.more = stride, outputs - inputs
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[n, inputs, h, w] -> [n, outputs, h / stride, w / stride]."""
-        out = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
-        if self.stride > 1:
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.more // 2, self.more - self.more // 2))
-        return F.relu(out + x)
-
-
-def resnet20(width: int = 16) -> nn.Module:
-    """For 32x32 images (He et al. 2016, section 4.2)."""
-    widths = [width] * 3 + [2 * width] * 3 + [4 * width] * 3
-    blocks, last = [], width
-    for index, now in enumerate(widths):
-        blocks.append(Block(last, now, 2 if now != last and index else 1))
-        last = now
-    stem = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(last, 10))
 
 
 class Transformer(nn.Module):
@@ -143,7 +114,7 @@ def pruned_bytes() -> float:
 
 def event_cost(width: int, bar: int) -> None:
     """One event on weights with gradients, at 10 % density of 20 %."""
-    model = resnet20(width)
+    model = ResNet20(width)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     window = Window(1, 10**5)
     parts = [
@@ -202,7 +173,7 @@ def main() -> None:
     if "rank" in asked:
         rank_cost()
     if "step" in asked:
-        step_cost("ResNet-20, batch 128", resnet20, 15)
+        step_cost("ResNet-20, batch 128", ResNet20, 15)
         step_cost("transformer, 10 M", Transformer, 7)
     if "event" in asked:
         event_cost(16, 5)

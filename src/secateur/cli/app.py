@@ -126,32 +126,60 @@ def prune(
     commands.prune(request, out, dry_run, json)
 
 
+# what commands that train have in common; None where a flag is not given, so that a file can say it
+JobModel = Annotated[str | None, typer.Argument(help=f"{MODEL_HELP}; or in the file")]
+Config = Annotated[Path | None, typer.Option(help="a YAML file with any of these names; flags win")]
+JobSparsity = Annotated[float | None, typer.Option(help="fraction of the weights to remove, in [0, 1)")]
+JobOut = Annotated[Path | None, typer.Option(help="folder for the result; the running state is beside it")]
+Steps = Annotated[int | None, typer.Option(help="optimiser steps of one whole training")]
+Recipe = Annotated[
+    list[str] | None, typer.Option(help="how to train, name=value: lr, batch, optimizer, decay, weight_decay, ...")
+]
+SettingWords = Annotated[list[str] | None, typer.Option("--set", help="a setting of the method, name=value")]
+JobMinimum = Annotated[int | None, typer.Option(help="every layer keeps at least so many weights")]
+Include = Annotated[list[str] | None, typer.Option(help="only weights that match")]
+Exclude = Annotated[list[str] | None, typer.Option(help="no weights that match")]
+Validation = Annotated[float | None, typer.Option(help="share of the training data that decides")]
+JobSeed = Annotated[int | None, typer.Option(help="of everything random")]
+JobDevice = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")]
+JobTrust = Annotated[bool | None, typer.Option("--trust-factory", help="import a folder's factory")]
+JobForce = Annotated[bool | None, typer.Option("--force", help="replace an existing output folder")]
+
+
+def job_flags(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that were given, under the names that a file has for them."""
+    steps, recipe, setting = flags.pop("steps"), flags.pop("recipe"), flags.pop("setting")
+    flags["settings"] = pairs(setting or [], "--set") or None
+    flags["recipe"] = pairs(recipe or [], "--recipe") | ({"steps": steps} if steps is not None else {}) or None
+    for name in ("include", "exclude"):
+        flags[name] = tuple(flags[name]) if flags[name] else None
+    return {name: value for name, value in flags.items() if value is not None}
+
+
 @app.command()
 def train(
-    model: Annotated[str | None, typer.Argument(help=f"{MODEL_HELP}; or in the file")] = None,
-    config: Annotated[Path | None, typer.Option(help="a YAML file with any of these names; flags win")] = None,
+    model: JobModel = None,
+    config: Config = None,
     method: Annotated[str | None, typer.Option(help="acts during training: granet, gmp, rigl, ...")] = None,
-    sparsity: Annotated[float | None, typer.Option(help="fraction of the weights to remove, in [0, 1)")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder for the result; the running state is beside it")] = None,
-    steps: Annotated[int | None, typer.Option(help="optimiser steps of the whole training")] = None,
-    recipe: Annotated[
-        list[str] | None, typer.Option(help="how to train, name=value: lr, batch, optimizer, decay, weight_decay, ...")
-    ] = None,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="a setting of the method, name=value")] = None,
+    sparsity: JobSparsity = None,
+    out: JobOut = None,
+    steps: Steps = None,
+    recipe: Recipe = None,
+    setting: SettingWords = None,
     data: Data = None,
-    minimum: Annotated[int | None, typer.Option(help="every layer keeps at least so many weights")] = None,
-    include: Annotated[list[str] | None, typer.Option(help="only weights that match")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="no weights that match")] = None,
+    minimum: JobMinimum = None,
+    include: Include = None,
+    exclude: Exclude = None,
     from_scratch: Annotated[bool | None, typer.Option("--from-scratch", help="start from new random weights")] = None,
-    validation: Annotated[float | None, typer.Option(help="share of the training data that chooses the best")] = None,
+    validation: Validation = None,
     evaluate_every: Annotated[int | None, typer.Option(help="optimiser steps between validations")] = None,
     patience: Annotated[int | None, typer.Option(help="validations on target without a better one, then stop")] = None,
     tensorboard: Annotated[bool | None, typer.Option("--tensorboard", help="write scalars for TensorBoard")] = None,
-    seed: Annotated[int | None, typer.Option(help="of everything random")] = None,
+    seed: JobSeed = None,
     weights: Weights = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
-    trust_factory: Annotated[bool | None, typer.Option("--trust-factory", help="import a folder's factory")] = None,
-    force: Annotated[bool | None, typer.Option("--force", help="replace an existing output folder")] = None,
+    device: JobDevice = None,
+    trust_factory: JobTrust = None,
+    force: JobForce = None,
     json: Json = False,
 ) -> None:
     """Train a model while a method makes it sparse; keep the state that is best on validation data.
@@ -162,55 +190,34 @@ def train(
 
     `secateur train --config run.yaml --out sparse`
     """
+    flags = dict(locals())
     from secateur.cli import commands
 
-    flags: dict[str, Any] = {
-        "model": model,
-        "method": method,
-        "sparsity": sparsity,
-        "data": data,
-        "minimum": minimum,
-        "include": tuple(include) if include else None,
-        "exclude": tuple(exclude) if exclude else None,
-        "from_scratch": from_scratch,
-        "validation": validation,
-        "evaluate_every": evaluate_every,
-        "patience": patience,
-        "tensorboard": tensorboard,
-        "seed": seed,
-        "weights": weights,
-        "device": device,
-        "trust_factory": trust_factory,
-        "force": force,
-        "settings": pairs(setting or [], "--set") or None,
-        "recipe": pairs(recipe or [], "--recipe") | ({"steps": steps} if steps is not None else {}) or None,
-    }
-    commands.train(config, {name: value for name, value in flags.items() if value is not None}, out, json)
+    config, out, json = flags.pop("config"), flags.pop("out"), flags.pop("json")
+    commands.train(config, job_flags(flags), out, json)
 
 
 @app.command()
 def study(
-    model: Annotated[str | None, typer.Argument(help=f"{MODEL_HELP}; or in the file")] = None,
-    config: Annotated[Path | None, typer.Option(help="a YAML file with any of these names; flags win")] = None,
+    model: JobModel = None,
+    config: Config = None,
     method: Annotated[str | None, typer.Option(help="works around trainings: lottery, plasticity, oracle, ...")] = None,
-    sparsity: Annotated[float | None, typer.Option(help="fraction of the weights to remove, in [0, 1)")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder for the result; the running state is beside it")] = None,
-    steps: Annotated[int | None, typer.Option(help="optimiser steps of one whole training")] = None,
-    recipe: Annotated[
-        list[str] | None, typer.Option(help="how to train, name=value: lr, batch, optimizer, decay, weight_decay, ...")
-    ] = None,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="a setting of the method, name=value")] = None,
+    sparsity: JobSparsity = None,
+    out: JobOut = None,
+    steps: Steps = None,
+    recipe: Recipe = None,
+    setting: SettingWords = None,
     data: Data = None,
-    minimum: Annotated[int | None, typer.Option(help="every layer keeps at least so many weights")] = None,
-    include: Annotated[list[str] | None, typer.Option(help="only weights that match")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="no weights that match")] = None,
+    minimum: JobMinimum = None,
+    include: Include = None,
+    exclude: Exclude = None,
     pretrained: Annotated[bool | None, typer.Option("--pretrained", help="start trainings from its weights")] = None,
-    validation: Annotated[float | None, typer.Option(help="share of the training data that decides")] = None,
-    seed: Annotated[int | None, typer.Option(help="of everything random")] = None,
+    validation: Validation = None,
+    seed: JobSeed = None,
     weights: Weights = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
-    trust_factory: Annotated[bool | None, typer.Option("--trust-factory", help="import a folder's factory")] = None,
-    force: Annotated[bool | None, typer.Option("--force", help="replace an existing output folder")] = None,
+    device: JobDevice = None,
+    trust_factory: JobTrust = None,
+    force: JobForce = None,
     json: Json = False,
 ) -> None:
     """Run a procedure around whole trainings: lottery tickets, pruning plasticity, a criterion on trial.
@@ -221,27 +228,11 @@ def study(
 
     `secateur study zoo:digits-mlp --method lottery --sparsity 0.9 --steps 400 --recipe lr=0.1 --out ticket`
     """
+    flags = dict(locals())
     from secateur.cli import commands
 
-    flags: dict[str, Any] = {
-        "model": model,
-        "method": method,
-        "sparsity": sparsity,
-        "data": data,
-        "minimum": minimum,
-        "include": tuple(include) if include else None,
-        "exclude": tuple(exclude) if exclude else None,
-        "pretrained": pretrained,
-        "validation": validation,
-        "seed": seed,
-        "weights": weights,
-        "device": device,
-        "trust_factory": trust_factory,
-        "force": force,
-        "settings": pairs(setting or [], "--set") or None,
-        "recipe": pairs(recipe or [], "--recipe") | ({"steps": steps} if steps is not None else {}) or None,
-    }
-    commands.study(config, {name: value for name, value in flags.items() if value is not None}, out, json)
+    config, out, json = flags.pop("config"), flags.pop("out"), flags.pop("json")
+    commands.study(config, job_flags(flags), out, json)
 
 
 @app.command()
