@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from secateur.measure import compare as compare
     from secateur.measure import measure as measure
     from secateur.measure import measure_together as measure_together
+    from secateur.measure.scaling_law import TrainingRun as TrainingRun
+    from secateur.measure.scaling_law import fit_scaling_law as fit_scaling_law
     from secateur.recover.bias import compensate as compensate
     from secateur.shrink.apply import apply_ as apply_
     from secateur.shrink.apply import masked as masked
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from secateur.shrink.fuse import fuse_ as fuse_
     from secateur.shrink.load import load as load
     from secateur.shrink.save import save as save
+    from secateur.train.compute import plan_compute as plan_compute
     from secateur.train.keep import MaskKeeper as MaskKeeper
     from secateur.train.loop import Fitting as Fitting
     from secateur.train.loop import Recipe as Recipe
@@ -61,11 +64,13 @@ _HOMES = {
     "Recipe": "train.loop",
     "SecateurError": "core.errors",
     "Sparsifier": "train.sparsifier",
+    "TrainingRun": "measure.scaling_law",
     "analyse": "api",
     "apply_": "shrink.apply",
     "compare": "measure",
     "compensate": "recover.bias",
     "export": "shrink.export",
+    "fit_scaling_law": "measure.scaling_law",
     "fuse_": "shrink.fuse",
     "hf_callback": "callbacks",
     "lightning_callback": "callbacks",
@@ -75,6 +80,7 @@ _HOMES = {
     "open_data": "io.data",
     "open_model": "io.models",
     "plan": "api",
+    "plan_compute": "train.compute",
     "prune": "lab.prune",
     "save": "shrink.save",
     "sparsify": "api",
