@@ -127,11 +127,6 @@ def weight_places(view: View, members: Members = Members.ALL, biases: bool = Fal
     return found
 
 
-def modules_of(site: Site) -> list[str]:
-    """The modules in whose parameters a site stands."""
-    return list(dict.fromkeys(place.parameter.rpartition(".")[0] for place in site.occurrences))
-
-
 def wanted_sites(
     structure: Structure, task: Task, settings: StructuredSettings, only: Filter | None
 ) -> dict[str, Site]:

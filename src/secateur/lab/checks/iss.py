@@ -146,8 +146,8 @@ LONG = 1000  # steps of each half
 NETWORKS: Mapping[str, Callable[[], nn.Module]] = {"EDSR-like": small_edsr, "Swin-like": small_swinir}
 CONDITIONS = (
     f"Two small super-resolution networks, factor {SCALE}, 90 % of every layer's weights removed; trained on the left "
-    f"70 % of two photographs, PSNR of luma on the right 30 %. Two halves of {LONG:,} steps each. The random control is "
-    "a random mask from scratch."
+    f"70 % of two photographs, PSNR of luma on the right 30 %. Two halves of {LONG:,} steps each. The random control "
+    "is a random mask from scratch."
 )
 FULL_CLAIMS = {
     f"{claim} {name}": Expectation(f"{quantity}, {name}", threshold, control)
