@@ -6,9 +6,14 @@ from hypothesis import strategies as st
 
 from secateur.core.errors import NumericsError
 from secateur.stats import listeners
-from secateur.stats.listeners import FeatureMean, Hessian, SecondMoment
+from secateur.stats.listeners import AbsoluteMean, Hessian, SecondMoment, TokenMoments
 
-KINDS = [SecondMoment, Hessian, FeatureMean]
+KINDS = [SecondMoment, Hessian]
+ALL = [*KINDS, TokenMoments, AbsoluteMean]
+
+
+def content(stat):
+    return torch.stack([stat.mean, stat.deviations]) if isinstance(stat, TokenMoments) else stat.value
 
 
 def closed_form(kind, x, samples):
@@ -16,9 +21,7 @@ def closed_form(kind, x, samples):
     x = x.double().numpy()
     if kind is SecondMoment:
         return np.array([sum(float(v) ** 2 for v in column) for column in x.T]) / samples
-    if kind is Hessian:
-        return 2 * sum(np.outer(row, row) for row in x) / samples
-    return x.mean(0)
+    return 2 * sum(np.outer(row, row) for row in x) / samples
 
 
 @settings(deadline=None, max_examples=60)
@@ -44,17 +47,21 @@ def test_running_values_equal_the_closed_form(kind, batches, features, dtype, se
 
 def test_hand_computed():
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    moment, hessian, mean = SecondMoment(2), Hessian(2), FeatureMean(2)
-    for stat in (moment, hessian, mean):
+    moment, hessian, spread, absolute = SecondMoment(2), Hessian(2), TokenMoments(2), AbsoluteMean(2)
+    for stat in (moment, hessian, spread, absolute):
         stat.update(x, 1)  # one sample of two tokens
     assert moment.value.tolist() == [10, 20]  # a sum over tokens, not a mean
     assert hessian.value.tolist() == [[20, 28], [28, 40]]
-    assert mean.value.tolist() == [2, 3]
-    for stat in (moment, hessian, mean):
+    assert spread.mean.tolist() == [2, 3]
+    assert spread.variance.tolist() == [2, 2]
+    assert absolute.value.tolist() == [2, 3]
+    for stat in (moment, hessian, spread, absolute):
         stat.update(torch.zeros(1, 2), 1)
     assert moment.value.tolist() == [5, 10]
     assert hessian.value.tolist() == [[10, 14], [14, 20]]
-    assert mean.value.tolist() == pytest.approx([4 / 3, 2])
+    assert spread.mean.tolist() == pytest.approx([4 / 3, 2])
+    assert spread.variance.tolist() == pytest.approx([7 / 3, 4])  # of 1, 3, 0 and 2, 4, 0
+    assert absolute.value.tolist() == [1, 1.5]  # both samples weigh the same, whatever their length
     assert torch.equal(hessian.value.diagonal(), 2 * moment.value)
 
 
@@ -78,7 +85,30 @@ def test_pieces_of_a_large_input_are_all_counted(monkeypatch):
     assert torch.allclose(moment.value, x.square().sum(0) / 2)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None, max_examples=40)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5), shift=st.sampled_from([0, 1e3]), seed=st.integers(0, 99)
+)
+def test_moments_do_not_depend_on_how_the_data_is_cut(sizes, shift, seed):
+    torch.manual_seed(seed)
+    parts = [torch.randn(size, 3) + shift for size in sizes]
+    stat = TokenMoments(3)
+    for part in parts:
+        stat.update(part, 1)
+    everything = torch.cat(parts).double()
+    assert torch.allclose(stat.mean, everything.mean(0), rtol=1e-6)
+    expected = everything.var(0) if len(everything) > 1 else torch.zeros(3, dtype=torch.float64)
+    assert torch.allclose(stat.variance.double(), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_absolute_mean_does_not_cancel_signs_and_weighs_samples_alike():
+    stat = AbsoluteMean(1)
+    stat.update(torch.tensor([[-1.0], [1.0], [-4.0], [4.0]]), 2)  # two samples of two tokens
+    stat.update(torch.full((8, 1), -10.0), 1)
+    assert stat.value.item() == pytest.approx((1 + 4 + 10) / 3)
+
+
+@pytest.mark.parametrize("kind", ALL)
 def test_a_batch_without_tokens_changes_no_sum(kind):
     # an expert to which nothing was routed
     first, last = kind(2), kind(2)
@@ -87,12 +117,12 @@ def test_a_batch_without_tokens_changes_no_sum(kind):
     first.update(x, 1)
     last.update(x, 1)
     last.update(torch.zeros(0, 2), 1)
-    assert torch.equal(first.value, last.value)
-    assert first.value.isfinite().all()
+    assert torch.equal(content(first), content(last))
+    assert content(first).isfinite().all()
     assert first.samples == last.samples == 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_infinity_are_found_whatever_follows(kind, bad):
     stat = kind(2)
@@ -104,7 +134,7 @@ def test_nan_and_infinity_are_found_whatever_follows(kind, bad):
     clean.check("fc.weight")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_inputs_are_left_alone(kind):
     x = torch.ones(3, 2)
     kind(2).update(x, 1)

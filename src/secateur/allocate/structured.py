@@ -217,6 +217,36 @@ def within(ranking: Ranking, scores: Mapping[str, Tensor], budget: Budget, cost:
     return counts
 
 
+def meet_cost(
+    counts_at: Callable[[float], Counts], sites: Mapping[str, Site], budget: Budget, cost: Cost, largest: float
+) -> Counts:
+    """Kept units by an allocation of its own, at the smallest removed share whose cost is within the budget.
+
+    Args:
+        counts_at: removed share -> kept units; never more for a larger share.
+        sites: what can be cut.
+        budget: in what `cost` counts.
+        cost: kept counts -> parameters, FLOPs or bytes of the whole model.
+        largest: the largest share that the allocation can be asked for.
+
+    Raises:
+        BudgetError: out of reach; gives the reachable range.
+    """
+    dense = cost({name: site.units for name, site in sites.items()})
+    target = target_of(budget, dense)
+    least = cost(counts_at(largest))
+    if not least <= target <= dense * (1 + 1e-9):
+        raise BudgetError(
+            f"{budget} is out of reach: this allocation allows {least / dense:.4g} to 1 of the dense "
+            f"{budget.quantity} ({least:.6g} to {dense:.6g}), {target:.6g} was asked for"
+        )
+    low, high = 0.0, largest
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(counts_at(middle)) > target else (low, middle)
+    return counts_at(low) if cost(counts_at(low)) <= target else counts_at(high)
+
+
 @dataclass(frozen=True)
 class Goal:
     """A cost that must not be passed, and how far below it is near enough."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Any, get_args, get_origin
+from typing import Protocol as Interface
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from secateur.core.budget import Budget
 from secateur.core.errors import SettingsError, UnknownNameError
+from secateur.core.journal import Journal
 from secateur.core.progress import Progress, Silent
 from secateur.core.seeding import generator
 from secateur.core.tags import Tags
@@ -137,6 +140,20 @@ def matches(name: str, include: Sequence[str], exclude: Sequence[str] = ()) -> b
     return matched(include) and not matched(exclude)
 
 
+class Residency(Interface):
+    """Where the weights of a model's parts are while nobody needs them."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where parts are run."""
+
+    def inside(self, name: str) -> AbstractContextManager[None]:
+        """The weights of the module `name` are there inside the block."""
+
+    def outside(self, names: Sequence[str]) -> AbstractContextManager[None]:
+        """The weights of everything outside the modules `names` are there inside the block."""
+
+
 @dataclass(frozen=True)
 class Task:
     """What a method works on.
@@ -162,6 +179,8 @@ class Task:
     keep_scores: bool = False
     progress: Progress = field(default_factory=Silent)
     example: Batch | None = None
+    journal: Journal = field(default_factory=Journal)
+    residency: Residency | None = None
 
     def rng(self, *purpose: str) -> torch.Generator:
         """A generator for one purpose, e.g. one site."""
@@ -186,9 +205,9 @@ class Decision:
     """
 
     sites: dict[str, Site] = field(default_factory=dict)
-    masks: dict[str, Tensor] = field(default_factory=dict)
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    scores: dict[str, Tensor] = field(default_factory=dict)
+    masks: MutableMapping[str, Tensor] = field(default_factory=dict)
+    weights: MutableMapping[str, Tensor] = field(default_factory=dict)
+    scores: MutableMapping[str, Tensor] = field(default_factory=dict)
     facts: dict[str, dict[str, float]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     structure: Any = None

@@ -35,9 +35,8 @@ from secateur.shrink.apply import changed_weights
 from secateur.shrink.cut import removed_indices, tensors_of
 from secateur.shrink.fuse import LAYERS, feeding, plain, run_once
 from secateur.structure.layers import TRANSPOSED_CONVOLUTIONS, layout_of, to_matrix
+from secateur.structure.readers import IN_DIM
 
-INPUTS = {Layout.LINEAR: 1, Layout.CONV: 1, Layout.TRANSPOSED: 0, Layout.CONV_TRANSPOSED: 0}
-"""The dimension of a weight along which it reads."""
 PACKED = (nn.MultiheadAttention, nn.RNNBase, nn.Bilinear)
 """Layers that read along dimension 1 of several weights, or of one that is several."""
 FACT = "compensated"
@@ -157,7 +156,7 @@ class _Reader:
     def _update(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         given = [*args, *kwargs.values()]
         x, rest = given[0], given[1:]
-        lost = self.weight.index_select(INPUTS[self.layout], self.gone.to(self.weight.device)).float()
+        lost = self.weight.index_select(IN_DIM[self.layout], self.gone.to(self.weight.device)).float()
         if isinstance(module, nn.modules.conv._ConvNd):
             found, positions = self._convolved(module, x, lost, rest)
         else:
@@ -196,7 +195,7 @@ def _readers(model: nn.Module, plan: Plan, new: dict[int, Tensor]) -> tuple[list
         layout = layout_of(module)
         if layout is None and not isinstance(module, PACKED):
             continue
-        dim = 1 if layout is None else INPUTS[layout]
+        dim = 1 if layout is None else IN_DIM[layout]
         cuts = [removed[id(parameter)] for parameter in _own(module) if id(parameter) in removed]
         gone = next((dims[dim] for dims in cuts if dim in dims), None)
         if gone is None:

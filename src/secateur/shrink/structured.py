@@ -14,7 +14,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from secateur.allocate.structured import Cost, Normalise, Scope, Widths, choose_units, normalised, target_of
+from secateur.allocate.structured import (
+    Cost,
+    Counts,
+    Normalise,
+    Scope,
+    Widths,
+    choose_units,
+    meet_cost,
+    normalised,
+    target_of,
+)
 from secateur.core.budget import COSTS, Budget, Quantity
 from secateur.core.errors import BudgetError, ModelError, NumericsError, SettingsError, UnknownNameError
 from secateur.core.method import Batch, Decision, Settings, Task
@@ -161,6 +171,24 @@ def _allowed(site: Site, task: Task) -> bool:
     return any(map(included.wants, names)) and all(map(excluded.wants, names))
 
 
+def begin(task: Task, settings: StructuredSettings, only: Filter | None = None) -> Work:
+    """Find the model's sites that may be cut.
+
+    Args:
+        task: the model and patterns.
+        settings: kinds, widths.
+        only: a method's own filter over sites.
+
+    Raises:
+        ModelError: nothing can be cut, or the weights are not there.
+    """
+    if task.residency is None and any(parameter.is_meta for parameter in task.model.parameters()):
+        raise ModelError("the model's weights are on the meta device, and scores need their values; load the weights")
+    example = example_for(task.model, task.example)
+    structure = analyse(task.model, example)
+    return Work(replace(task, example=example), settings, structure, wanted_sites(structure, task, settings, only))
+
+
 def decide(task: Task, settings: StructuredSettings, criterion: Criterion, only: Filter | None = None) -> Decision:
     """Analyse, score and choose; in several steps the smaller model is scored again.
 
@@ -175,24 +203,19 @@ def decide(task: Task, settings: StructuredSettings, criterion: Criterion, only:
         ModelError: nothing can be cut, or the weights are not there.
         NumericsError: NaN scores; names the site.
     """
-    if any(parameter.is_meta for parameter in task.model.parameters()):
-        raise ModelError("the model's weights are on the meta device, and scores need their values; load the weights")
-    example = example_for(task.model, task.example)
-    structure = analyse(task.model, example)
-    sites = wanted_sites(structure, task, settings, only)
-    work = Work(replace(task, example=example), example, settings, criterion, structure, sites)
-    masks = {name: torch.ones(site.units, dtype=torch.bool) for name, site in sites.items()}
+    work = begin(task, settings, only)
+    if task.residency is not None and (settings.steps > 1 or work.budget.quantity is Quantity.MILLISECONDS):
+        raise SettingsError(
+            "several steps and budgets in milliseconds need the whole model in memory; use steps=1 and another budget"
+        )
+    masks = {name: torch.ones(site.units, dtype=torch.bool) for name, site in work.sites.items()}
     scores: dict[str, Tensor] = {}
     for step in range(1, settings.steps + 1):
-        scores = work.scores(masks)
+        scores = work.scores(criterion, masks)
         masks = work.choose(scores, work.partial(step / settings.steps), masks)
     if work.budget.quantity is Quantity.MILLISECONDS:
         masks = work.as_measured(scores, masks)
-    structure.changes({name: int(mask.sum()) for name, mask in masks.items()})
-    decision = Decision(sites=dict(sites), masks=masks, scores=scores if task.keep_scores else {}, structure=structure)
-    decision.warnings = [f"'{module}' ({name}): {why}" for module, name, why in structure.unknown]
-    decision.facts = _facts(structure, sites, masks)
-    return decision
+    return work.conclude(masks, scores)
 
 
 def _facts(structure: Structure, sites: Mapping[str, Site], masks: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
@@ -212,14 +235,25 @@ def _of(counts: Mapping[str, int], sites: Mapping[str, Site]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Work:
-    """One decision in the making."""
+    """One decision in the making.
+
+    Attributes:
+        task: with an example in any case.
+        settings: kinds, widths, scope.
+        structure: of the dense model.
+        sites: what may be cut.
+    """
 
     task: Task
-    example: Batch
     settings: StructuredSettings
-    criterion: Criterion
     structure: Structure
     sites: Mapping[str, Site]
+
+    @property
+    def example(self) -> Batch:
+        """Inputs that the model can be run on."""
+        assert self.task.example is not None  # `begin` sees to it
+        return self.task.example
 
     @property
     def budget(self) -> Budget:
@@ -304,12 +338,35 @@ class Work:
         dense = self.cost({name: site.units for name, site in self.sites.items()})
         return replace(self.budget, amount=1 - (1 - target_of(self.budget, dense) / dense) * part)
 
-    def scores(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def meet(self, counts_at: Callable[[float], Counts]) -> Counts:
+        """Kept units per site, by a method's own allocation, that meet the budget.
+
+        Args:
+            counts_at: share of the units that goes, in [0, 1), -> kept units of every site, never more for a
+                larger share.
+
+        Raises:
+            BudgetError: the budget is out of reach; gives the reachable range.
+        """
+        if self.cost is None:
+            return counts_at(self.budget.sparsity)
+        return meet_cost(counts_at, self.sites, self.budget, self.cost, 1 - 1e-6)
+
+    def conclude(self, masks: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> Decision:
+        """The decision for these masks, checked against what the model's code allows."""
+        self.structure.changes({name: int(mask.sum()) for name, mask in masks.items()})
+        decision = Decision(sites=dict(self.sites), masks=dict(masks), structure=self.structure)
+        decision.scores = dict(scores) if self.task.keep_scores else {}
+        decision.warnings = [f"'{module}' ({name}): {why}" for module, name, why in self.structure.unknown]
+        decision.facts = _facts(self.structure, self.sites, masks)
+        return decision
+
+    def scores(self, criterion: Criterion, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Scores at the sites' full size: what went in an earlier step stays lowest."""
         if all(bool(mask.all()) for mask in masks.values()):
-            found = self.criterion(View(self.task.model, self.structure, self.sites, self.task))
+            found = criterion(View(self.task.model, self.structure, self.sites, self.task))
         else:
-            found = self._scored_again(masks)
+            found = self._scored_again(criterion, masks)
         if not found:
             raise ModelError(f"the criterion has a score for none of the sites, e.g. '{next(iter(self.sites))}'")
         for name, score in found.items():
@@ -318,11 +375,11 @@ class Work:
         ordered = {name: found[name].float().cpu() for name in self.sites if name in found}
         return normalised(ordered, self.settings.normalise)
 
-    def _scored_again(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _scored_again(self, criterion: Criterion, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with self._cut(masks):
             smaller = analyse(self.task.model, self.example)
             view = {name: smaller.sites[name] for name in self.sites if name in smaller.sites}
-            found = self.criterion(View(self.task.model, smaller, view, self.task))
+            found = criterion(View(self.task.model, smaller, view, self.task))
         wide = {}
         for name, score in found.items():
             wide[name] = torch.full(masks[name].shape, -torch.inf)

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from secateur.core.distributed import several, total, total_count
 from secateur.core.errors import NumericsError
 
 CHUNK = 2**20  # elements squared at a time: a few MiB that stay in the cache, yet worth a parallel loop
@@ -23,6 +24,9 @@ class Statistic(Protocol):
 
     def update(self, inputs: Tensor, samples: int) -> None:
         """Take in `inputs` `[T, I]` that belong to `samples` new samples."""
+
+    def reduce(self) -> None:
+        """Take in what the other processes of the job saw of their share of the data."""
 
     def check(self, name: str) -> None:
         """Refuse NaN and infinity; the message names the layer."""
@@ -46,11 +50,15 @@ class SecondMoment:
     def update(self, inputs: Tensor, samples: int) -> None:
         """Running mean over samples, one pass, no overflow in half precision."""
         self.value = self.value.to(inputs.device)
-        total = self.samples + samples
-        self.value *= self.samples / total
+        count = self.samples + samples
+        self.value *= self.samples / count
         for part in torch.split(inputs, max(1, CHUNK // inputs.shape[1])):
-            self.value += part.float().square().sum(0) / total
-        self.samples = total
+            self.value += part.float().square().sum(0) / count
+        self.samples = count
+
+    def reduce(self) -> None:
+        """The mean over the samples of all processes."""
+        _reduce_mean(self)
 
     def check(self, name: str) -> None:
         """Refuse NaN and infinity."""
@@ -70,32 +78,93 @@ class Hessian:
     def update(self, inputs: Tensor, samples: int) -> None:
         """Running mean over samples."""
         self.value = self.value.to(inputs.device)
-        total = self.samples + samples
+        count = self.samples + samples
         inputs = inputs.float()
-        self.value.addmm_(inputs.t(), inputs, beta=self.samples / total, alpha=2 / total)
-        self.samples = total
+        self.value.addmm_(inputs.t(), inputs, beta=self.samples / count, alpha=2 / count)
+        self.samples = count
+
+    def reduce(self) -> None:
+        """The mean over the samples of all processes."""
+        _reduce_mean(self)
 
     def check(self, name: str) -> None:
         """Refuse NaN and infinity."""
         _require_finite(self.value, name)
 
 
-class FeatureMean:
-    """Mean of each input feature over all tokens, `[I]`: what a removed feature is replaced by."""
+class TokenMoments:
+    """Mean and sum of squared deviations of each input feature over all tokens, `[I]` each, float64 sums.
+
+    Batches are joined by Chan's formula, which is exact for any split of the data.
+    """
+
+    def __init__(self, features: int):
+        self.mean = torch.zeros(features, dtype=torch.float64)
+        self.deviations = torch.zeros(features, dtype=torch.float64)
+        self.samples = 0
+        self.tokens = 0
+
+    @property
+    def variance(self) -> Tensor:
+        """Unbiased variance over tokens, `[I]` float32; 0 for a single token."""
+        return (self.deviations / max(1, self.tokens - 1)).float()
+
+    def update(self, inputs: Tensor, samples: int) -> None:
+        """Take in a batch."""
+        self.samples += samples
+        if not len(inputs):
+            return
+        x = inputs.float()
+        mean = x.mean(0, dtype=torch.float64)
+        self._join(len(x), mean, (x - mean.float()).square().sum(0, dtype=torch.float64))
+
+    def _join(self, tokens: int, mean: Tensor, deviations: Tensor) -> None:
+        self.mean, self.deviations = self.mean.to(mean.device), self.deviations.to(mean.device)
+        count = self.tokens + tokens
+        shift = mean - self.mean
+        self.mean = self.mean + shift * (tokens / count)
+        self.deviations = self.deviations + deviations + shift.square() * (self.tokens * tokens / count)
+        self.tokens = count
+
+    def reduce(self) -> None:
+        """Mean and deviations over the tokens of all processes."""
+        if several():
+            own, tokens = self.mean, self.tokens
+            self.tokens, self.samples = total_count(tokens), total_count(self.samples)
+            self.mean = total(own * tokens) / max(1, self.tokens)
+            self.deviations = total(self.deviations + tokens * (own - self.mean).square())
+
+    def check(self, name: str) -> None:
+        """Refuse NaN and infinity."""
+        _require_finite(self.mean + self.deviations, name)
+
+
+class AbsoluteMean:
+    """Mean over samples of each sample's mean absolute value per feature, `[I]`: every sample weighs the same."""
 
     def __init__(self, features: int):
         self.value = torch.zeros(features)
         self.samples = 0
-        self.tokens = 0
 
     def update(self, inputs: Tensor, samples: int) -> None:
-        """Running mean over tokens."""
-        self.value = self.value.to(inputs.device)
-        self.tokens += inputs.shape[0]
-        self.samples += samples
+        """Running mean over samples of one length."""
+        count = self.samples + samples
+        self.value = self.value.to(inputs.device) * (self.samples / count)
         if len(inputs):
-            self.value += (inputs.float() - self.value).sum(0) / self.tokens
+            self.value += inputs.float().abs().view(samples, -1, inputs.shape[1]).mean(1).sum(0) / count
+        self.samples = count
+
+    def reduce(self) -> None:
+        """The mean over the samples of all processes."""
+        _reduce_mean(self)
 
     def check(self, name: str) -> None:
         """Refuse NaN and infinity."""
         _require_finite(self.value, name)
+
+
+def _reduce_mean(stat: SecondMoment | Hessian | AbsoluteMean) -> None:
+    if several():
+        own = stat.samples
+        stat.samples = total_count(own)
+        stat.value = total(stat.value * own) / max(1, stat.samples)

@@ -7,12 +7,16 @@ Two ways to order the work inside a block:
   the last).
 * `sweep`: one pass in which every layer is decided just before it runs, so that its statistics
   already contain what was decided for the layers before it in the same block.
+
+`each_block` keeps what is found for every block in the task's journal, so that a killed run goes on at the
+block where it stopped. Weights may be elsewhere between visits (`Task.residency`): a method that touches them
+only during a visit works on models larger than memory.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from types import TracebackType
@@ -22,14 +26,15 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.errors import DataError, ModelError
-from secateur.core.method import Batch, Task
+from secateur.core.journal import Notes, Section, overlaid
+from secateur.core.method import Batch, Decision, Task
 from secateur.data.running import device_of
 from secateur.stats.catching import Call, WalkableStack, hidden_of, record_calls, run_safely, walkable_stacks
 from secateur.stats.listeners import Statistic
 from secateur.stats.lockstep import current, lockstep, wait
 from secateur.structure.layers import WeightLayer
 from secateur.structure.sites import WeightLayers, weight_layers
-from secateur.structure.stacks import Stack
+from secateur.structure.stacks import Stack, find_stacks
 
 S = TypeVar("S", bound=Statistic)
 
@@ -72,9 +77,36 @@ class _Listening(Generic[S]):
 
     def complete(self, layers: dict[str, WeightLayer]) -> dict[str, S]:
         """A statistic for every layer; the ones that never ran get an empty one. Checks for NaN."""
+        reduced: set[int] = set()
         for name, layer in layers.items():
-            self.stats.setdefault(name, self.factory(layer.site.matrix_shape[1])).check(name)
+            self.finish(name, layer, reduced)
         return {name: self.stats[name] for name in layers}
+
+    def finish(self, name: str, layer: WeightLayer, reduced: set[int]) -> S:
+        """The layer's statistic over the data of all processes, each shared one summed up once; checks for NaN."""
+        stat = self.stats.setdefault(name, self.factory(layer.site.matrix_shape[1]))
+        if id(stat) not in reduced:
+            stat.reduce()
+            reduced.add(id(stat))
+        stat.check(name)
+        return stat
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One batch's run through a block.
+
+    Attributes:
+        before, after: the hidden state that entered and left, `[samples, tokens, features]`.
+        inputs, outputs: module name -> its first input tensor and its (first) output tensor.
+        samples: sequences in the batch.
+    """
+
+    before: Tensor
+    after: Tensor
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    samples: int
 
 
 class BlockVisit:
@@ -83,19 +115,14 @@ class BlockVisit:
     Attributes:
         stack, index, name: which block.
         module: the block.
+        notes: what `each_block` will keep.
     """
 
-    def __init__(
-        self,
-        walk: BlockWalk,
-        stack: Stack,
-        index: int,
-        calls: list[Call],
-    ):
+    def __init__(self, walk: BlockWalk, stack: Stack, index: int, flow: _Flow):
         self.stack, self.index, self.name = stack, index, stack.block_name(index)
         self.module = stack.blocks[index]
-        self._walk = walk
-        self._calls = calls
+        self.notes = Notes()
+        self._walk, self._flow = walk, flow
         self._outputs: list[Tensor] | None = None
 
     @cached_property
@@ -104,12 +131,24 @@ class BlockVisit:
         prefix = f"{self.name}." if self.name else ""
         return {name: layer for name, layer in self._walk.found.layers.items() if name.startswith(prefix)}
 
-    def observe(self, factory: Callable[[int], S]) -> dict[str, S]:
+    def tensor(self, name: str) -> Tensor:
+        """A parameter or buffer of this block by its qualified name, detached, on the device it is run on."""
+        local = name.removeprefix(f"{self.name}.")
+        owner, _, leaf = local.rpartition(".")
+        value: Tensor = getattr(self.module.get_submodule(owner), leaf)
+        return value.detach()
+
+    def observe(self, factory: Callable[[int], S], only: Collection[str] | None = None) -> dict[str, S]:
         """One pass over the data through the block as it stands; a statistic per layer.
+
+        Args:
+            factory: makes a layer's statistic from its number of inputs.
+            only: names of the layers to listen to; default all.
 
         Raises:
             NumericsError: NaN or infinity among a layer's inputs.
         """
+        layers = {name: layer for name, layer in self.layers.items() if only is None or name in only}
         listening = _Listening(factory)
 
         def never(points: Set[str]) -> str:
@@ -118,8 +157,8 @@ class BlockVisit:
         def run(call: Call) -> None:
             self._run(call)  # the output is not needed: the block is still to change
 
-        self._listen(listening.take, run, never)
-        return listening.complete(self.layers)
+        self._listen(layers, listening.take, run, never)
+        return listening.complete(layers)
 
     def sweep(self, factory: Callable[[int], S], decide: Callable[[WeightLayer, S], None]) -> None:
         """One pass in which `decide(layer, statistic)` is called right before each layer runs.
@@ -129,6 +168,7 @@ class BlockVisit:
         """
         listening = _Listening(factory)
         decided: set[str] = set()
+        reduced: set[int] = set()
         order = {name: index for index, name in enumerate(self.layers)}
 
         def heard(layer: WeightLayer, x: Tensor, batch: _InBatch) -> None:
@@ -138,12 +178,12 @@ class BlockVisit:
 
         def release(points: Set[str]) -> str:
             name = min(points, key=order.__getitem__)
-            listening.stats[name].check(name)
+            stat = listening.finish(name, self.layers[name], reduced)
             decided.add(name)
-            decide(self.layers[name], listening.stats[name])
+            decide(self.layers[name], stat)
             return name
 
-        outputs = self._listen(heard, self._run, release)
+        outputs = self._listen(self.layers, heard, self._run, release)
         for name, layer in self.layers.items():
             if name not in decided:
                 decide(layer, factory(layer.site.matrix_shape[1]))
@@ -151,6 +191,7 @@ class BlockVisit:
 
     def _listen(
         self,
+        layers: dict[str, WeightLayer],
         heard: Callable[[WeightLayer, Tensor, _InBatch], object],
         run: Callable[[Call], Any],
         release: Callable[[Set[str]], str],
@@ -158,13 +199,30 @@ class BlockVisit:
         """Run all batches in lockstep with `heard` called before every layer; what `run` returned for each."""
         batches = {}  # of the run that is going on
 
-        def started(call: Call, batch: Batch) -> Any:
+        def started(index: int, batch: Batch) -> Any:
             batches[current()] = _InBatch(batch.samples)
-            return run(call)
+            return run(self._flow.call(index))
 
-        runs = [partial(started, call, batch) for call, batch in zip(self._calls, self._walk.batches, strict=True)]
-        with _hooked(self.layers, lambda layer, x: heard(layer, x, batches[current()])):
+        runs = [partial(started, index, batch) for index, batch in enumerate(self._walk.batches)]
+        with _hooked(layers, lambda layer, x: heard(layer, x, batches[current()])):
             return lockstep(runs, release)
+
+    def capture(self, modules: Sequence[str] = (), *, dense: bool = False) -> Iterator[Captured]:
+        """Run the block as it stands, batch by batch, and show what goes in and out of it and of its parts.
+
+        Args:
+            modules: qualified names of modules inside the block, e.g. `model.layers.0.mlp.down_proj`.
+            dense: on the states of the unpruned chain, for walks with `twin`.
+        """
+        flow = self._flow if not dense else self._walk.dense_flow(self)
+        inside = {name: self.module.get_submodule(name.removeprefix(f"{self.name}.")) for name in modules}
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+        with _watched(inside, inputs, outputs):
+            for index, batch in enumerate(self._walk.batches):
+                call = flow.call(index)
+                after = self._hidden(self._run(call))
+                yield Captured(call.hidden, after, dict(inputs), dict(outputs), batch.samples)
 
     def replace(self, layer: WeightLayer, matrix: Tensor) -> None:
         """Give a layer another weight `[O, I]` for the rest of the walk."""
@@ -174,7 +232,8 @@ class BlockVisit:
     def flow(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Run the block and yield its hidden state before and after, batch by batch."""
         outputs = []
-        for call in self._calls:
+        for index in range(len(self._walk.batches)):
+            call = self._flow.call(index)
             outputs.append(self._hidden(self._run(call)))
             yield call.hidden, outputs[-1]
         self._outputs = outputs
@@ -182,9 +241,13 @@ class BlockVisit:
     def outputs(self) -> list[Tensor]:
         """The hidden states after the block as it stands now; run if that has not happened yet."""
         if self._outputs is None:
-            self._keep([self._run(call) for call in self._calls])
+            self._keep([self._run(self._flow.call(index)) for index in range(len(self._walk.batches))])
         assert self._outputs is not None
         return self._outputs
+
+    def outputs_from(self, flow: _Flow) -> list[Tensor]:
+        """The hidden states after the block as it stands, on the states of another chain."""
+        return [self._hidden(self._run(flow.call(index))) for index in range(len(self._walk.batches))]
 
     def forget(self) -> None:
         """Drop what the block gave: its weights are about to change back."""
@@ -204,6 +267,42 @@ class BlockVisit:
         if not self.stack.name:
             return run_safely(self.module, Batch(call.args, call.kwargs))
         return self.module(*call.args, **call.kwargs)
+
+
+@dataclass
+class _Flow:
+    """What a block is called with: one call per batch, and the hidden states, perhaps on disk, that go in."""
+
+    calls: list[Call]
+    hidden: Sequence[Tensor] | None  # None: the calls have them
+    device: torch.device
+
+    def call(self, index: int) -> Call:
+        """One batch's call."""
+        if self.hidden is None:
+            return self.calls[index]
+        return self.calls[index].with_hidden(self.hidden[index].to(self.device))
+
+
+@contextlib.contextmanager
+def _watched(modules: Mapping[str, nn.Module], inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> Iterator[None]:
+    """Keep the last input and output of some modules."""
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            inputs[name] = args[0] if args else next(iter(kwargs.values()))
+            found = hidden_of(output)
+            if found is not None:
+                outputs[name] = found
+
+        return hook
+
+    handles = [module.register_forward_hook(hook_of(name), with_kwargs=True) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager
@@ -237,22 +336,43 @@ class BlockWalk:
     Args:
         task: gives the model, the data and the patterns of layers to leave out.
         dense: feed every block from the blocks before it as they were, not as they were replaced.
+        twin: besides the chain of replaced blocks follow the dense one, for `BlockVisit.capture(dense=True)`.
+        still: look at weights only; nothing is run and no data is needed.
+        section: where `BlockVisit.notes` are kept; blocks that have theirs are not visited again.
 
     Raises:
         DataError: no data, or the model does not run on it.
     """
 
-    def __init__(self, task: Task, *, dense: bool = False):
-        if not task.batches:
+    def __init__(
+        self,
+        task: Task,
+        *,
+        dense: bool = False,
+        twin: bool = False,
+        still: bool = False,
+        section: Section | None = None,
+    ):
+        if not task.batches and not still:
             raise DataError("this method needs calibration data; give data=... (--data)")
         self.task = task
         self.model = task.model
-        self.dense = dense
-        self.batches = [batch.to(device_of(task.model)) for batch in task.batches]
+        self.dense, self.twin, self.still = dense, twin and not dense, still
+        self.section = Section(None) if section is None else section
+        self.device = task.residency.device if task.residency is not None else device_of(task.model)
+        self.batches = [] if still else [batch.to(self.device) for batch in task.batches]
         with torch.no_grad():
-            self.stacks = walkable_stacks(task.model, self.batches[0])
+            self.stacks = self._stacks()
         self._undo: list[tuple[nn.Module, Tensor]] = []
         self._no_grad = torch.no_grad()
+        self._dense: dict[int, _Flow] = {}
+
+    def _stacks(self) -> list[WalkableStack]:
+        if self.still:
+            return [WalkableStack(stack, ()) for stack in find_stacks(self.model)] or [
+                WalkableStack(Stack("", (self.model,)), ())
+            ]
+        return walkable_stacks(self.model, self.batches[0])
 
     @cached_property
     def found(self) -> WeightLayers:
@@ -280,25 +400,92 @@ class BlockWalk:
 
     def _walk(self, walkable: WalkableStack, last_stack: bool) -> Iterator[BlockVisit]:
         stack = walkable.stack
-        recorded = record_calls(self.model, walkable, self.batches)
-        hidden: list[Tensor] | None = None
-        for index in range(len(stack.blocks)):
-            calls = [of_batch[index] for of_batch in recorded]
-            if hidden is not None:
-                calls = [call.with_hidden(h) for call, h in zip(calls, hidden, strict=True)]
-            visit = BlockVisit(self, stack, index, calls)
-            yield visit
-            if self.dense:
-                visit.forget()
-                self._restore()
-            hidden = visit.outputs() if index + 1 < len(stack.blocks) else None
-            if stack.name:
-                for of_batch in recorded:  # free the activations
-                    of_batch[index] = of_batch[index].with_hidden(torch.empty(0))
-            if last_stack:
-                # later stacks must still see this one pruned; after the last nobody runs it again
-                self._restore()
+        first = self._first(stack)
+        if first:
+            self.task.progress.advance(first)
+        if first == len(stack.blocks):
+            return
+        calls, hidden, dense = self._start(walkable, first)
+        for index in range(first, len(stack.blocks)):
+            with self._inside(stack.block_name(index)):
+                visit = BlockVisit(
+                    self, stack, index, _Flow([of_batch[index] for of_batch in calls], hidden, self.device)
+                )
+                if self.twin:
+                    self._dense = {index: _Flow(visit._flow.calls, dense, self.device)}
+                yield visit
+                more = index + 1 < len(stack.blocks)
+                if more and self.twin:
+                    dense = self._kept(stack, index + 1, self._dense_outputs(visit), "dense-")
+                if self.dense:
+                    visit.forget()
+                    self._restore()
+                if more and not self.still:
+                    hidden = self._kept(stack, index + 1, visit.outputs())
+                if last_stack or self.task.residency is not None:
+                    # later stacks must still see this one pruned; after the last nobody runs it again
+                    self._restore()
+            self.section.write(visit.name, visit.notes)
+            for prefix in ("", "dense-"):
+                self.section.drop_state(f"{prefix}{visit.name}")
             self.task.progress.advance()
+
+    def _first(self, stack: Stack) -> int:
+        """The first block without notes."""
+        return next((i for i, name in enumerate(stack.names) if name not in self.section), len(stack.blocks))
+
+    def _start(
+        self, walkable: WalkableStack, first: int
+    ) -> tuple[list[list[Call]], Sequence[Tensor] | None, Sequence[Tensor] | None]:
+        """How every block is called in every batch, and the states that enter the first block to visit."""
+        stack = walkable.stack
+        if self.still:
+            return [], None, None
+        with self._outside(stack.names):
+            calls = record_calls(self.model, walkable, self.batches)
+        if not stack.name:
+            return calls, None, None
+        name = stack.block_name(first)
+        if first:
+            hidden = self.section.state(name)
+            dense = self.section.state(f"dense-{name}") if self.twin else None
+            if hidden is None or (self.twin and dense is None):
+                raise DataError(
+                    f"the notes of '{stack.block_name(first - 1)}' are there but not the states that it passed on; "
+                    "delete the work folder and start again"
+                )
+        else:
+            hidden = self._kept(stack, 0, [of_batch[0].hidden for of_batch in calls])
+            dense = hidden if self.twin else None
+        for of_batch in calls:  # the states are passed on apart from the calls
+            of_batch[:] = [call.with_hidden(torch.empty(0)) for call in of_batch]
+        return calls, hidden, dense
+
+    def _kept(self, stack: Stack, index: int, hidden: Sequence[Tensor], prefix: str = "") -> Sequence[Tensor]:
+        return self.section.keep_state(f"{prefix}{stack.block_name(index)}", hidden)
+
+    def dense_flow(self, visit: BlockVisit) -> _Flow:
+        """What the block is called with in the unpruned chain."""
+        if not self.twin:
+            raise AssertionError("capture(dense=True) needs a walk with twin=True")
+        return self._dense[visit.index]
+
+    def _dense_outputs(self, visit: BlockVisit) -> list[Tensor]:
+        """What the block gives in the unpruned chain, with its own weights."""
+        replaced: list[tuple[nn.Module, Any]] = [(module, module.weight.data) for module, _ in self._undo]
+        for module, data in reversed(self._undo):
+            module.weight.data = data
+        try:
+            return visit.outputs_from(self._dense[visit.index])
+        finally:
+            for module, data in replaced:
+                module.weight.data = data
+
+    def _inside(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.task.residency is None else self.task.residency.inside(name)
+
+    def _outside(self, names: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.task.residency is None else self.task.residency.outside(names)
 
     def substitute(self, layer: WeightLayer, matrix: Tensor) -> None:
         """Swap a layer's weight until the walk restores it."""
@@ -313,32 +500,116 @@ class BlockWalk:
             module.weight.data = data
 
 
+def each_block(
+    task: Task,
+    name: str,
+    work: Callable[[BlockVisit], Notes],
+    *,
+    dense: bool = False,
+    twin: bool = False,
+    still: bool = False,
+) -> Section:
+    """Visit every block once and keep what `work` notes of it; a run that was killed goes on where it stopped.
+
+    Args:
+        task: model, data, journal.
+        name: of the journal's section; one per walk of a method.
+        work: looks at a block, may replace weights, and returns what is to be kept.
+        dense: as for `BlockWalk`.
+        twin: as for `BlockWalk`.
+        still: as for `BlockWalk`.
+
+    Returns:
+        Block name -> notes.
+    """
+    section = task.journal.section(name)
+    with BlockWalk(task, dense=dense, twin=twin, still=still, section=section) as walk:
+        for visit in walk:
+            visit.notes = work(visit)
+    return section
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was decided about one layer.
+
+    Attributes:
+        keep: bool `[O, I]`.
+        weight: `[O, I]`, new values where the method changes what stays.
+        scores: `[O, I]`, for `Task.keep_scores`.
+        facts: figures for the report.
+        warnings: sentences for the user.
+    """
+
+    keep: Tensor
+    weight: Tensor | None = None
+    scores: Tensor | None = None
+    facts: Mapping[str, float] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+
+
 def layerwise(
     task: Task,
     factory: Callable[[int], S],
-    decide: Callable[[BlockVisit, WeightLayer, S], None],
+    decide: Callable[[WeightLayer, S], Choice],
     *,
+    name: str = "layers",
     one_pass: bool = False,
     dense: bool = False,
-) -> list[str]:
+) -> Decision:
     """Walk the model and decide every layer of every block once; the plan of most layer-wise methods.
 
     Args:
         task: model, data, patterns.
         factory: makes a layer's statistic from its number of inputs.
-        decide: chooses a layer's weights, and hands them on by `BlockVisit.replace`.
+        decide: chooses a layer's weights; the walk goes on with them.
+        name: of the journal's section.
         one_pass: `BlockVisit.sweep` instead of `BlockVisit.observe`.
         dense: feed blocks from dense ones.
 
     Returns:
-        Sentences about weights in the blocks that no layer of the walk uses.
+        The decision, with a warning for every weight in the blocks that no layer of the walk uses.
     """
-    with BlockWalk(task, dense=dense) as walk:
+    section = task.journal.section(name)
+    with BlockWalk(task, dense=dense, section=section) as walk:
+        sites = {layer.name: layer.site for layer in walk.found.layers.values()}
+        skipped = [f"'{name}' was not pruned: it {why}" for name, why in walk.found.skipped.items()]
         for visit in walk:
-            if one_pass:
-                visit.sweep(factory, partial(decide, visit))
-            else:
-                stats = visit.observe(factory)
-                for name, layer in visit.layers.items():
-                    decide(visit, layer, stats[name])
-        return [f"'{name}' was not pruned: it {why}" for name, why in walk.found.skipped.items()]
+            _decide_layers(task, visit, factory, decide, one_pass)
+    return Decision(
+        sites=sites,
+        masks=overlaid(section.tensors("mask")),
+        weights=overlaid(section.tensors("weight")),
+        scores=overlaid(section.tensors("scores")),
+        facts=section.facts(),
+        warnings=section.warnings() + skipped,
+    )
+
+
+def _decide_layers(
+    task: Task,
+    visit: BlockVisit,
+    factory: Callable[[int], S],
+    decide: Callable[[WeightLayer, S], Choice],
+    one_pass: bool,
+) -> None:
+    notes = visit.notes
+
+    def settle(layer: WeightLayer, stat: S) -> None:
+        choice = decide(layer, stat)
+        notes.tensors[f"mask/{layer.name}"] = layer.to_site(choice.keep)
+        if choice.weight is not None:
+            notes.tensors[f"weight/{layer.name}"] = layer.to_site(choice.weight)
+        if choice.scores is not None and task.keep_scores:
+            notes.tensors[f"scores/{layer.name}"] = layer.to_site(choice.scores)
+        if choice.facts:
+            notes.facts[layer.name] = dict(choice.facts)
+        notes.warnings += choice.warnings
+        visit.replace(layer, layer.matrix * choice.keep if choice.weight is None else choice.weight)
+
+    if one_pass:
+        visit.sweep(factory, settle)
+        return
+    stats = visit.observe(factory)
+    for name, layer in visit.layers.items():
+        settle(layer, stats.pop(name))

@@ -28,7 +28,7 @@ from secateur.core.units import UnitKind
 from secateur.recover.obs import InverseFactor, MaskRule, inverse_factor, sweep
 from secateur.recover.quantise import minmax_grid
 from secateur.stats.listeners import Hessian
-from secateur.stats.walker import BlockVisit, layerwise
+from secateur.stats.walker import Choice, layerwise
 from secateur.structure.layers import WeightLayer
 
 
@@ -56,28 +56,23 @@ class SparseGPTSettings(Settings):
 
 def plan(task: Task, settings: SparseGPTSettings) -> Decision:
     """Walk the blocks; factorise each input's Hessian once; sweep every layer that reads it."""
-    decision = Decision()
     latest: list[tuple[Hessian, InverseFactor]] = []  # layers that share an input come one after the other
 
-    def decide(visit: BlockVisit, layer: WeightLayer, stat: Hessian) -> None:
+    def decide(layer: WeightLayer, stat: Hessian) -> Choice:
         W = layer.matrix
         if not latest or latest[0][0] is not stat:
             latest[:] = [(stat, _factorised(stat, layer.name, settings))]
-        factor = latest[0][1]
+        factor, warnings = latest[0][1], []
         if factor.damping > settings.percdamp:
             raised = f"the Hessian is singular, damping raised to {factor.damping:g}"
-            decision.warnings.append(f"layer '{layer.name}': {raised}")
+            warnings.append(f"layer '{layer.name}': {raised}")
         rule, ahead = mask_rule(task, settings, W, layer.name)
         quantise = minmax_grid(W, settings.wbits) if settings.wbits < 16 else None
         solved = sweep(W, factor, rule, width=settings.blocksize, lookahead=ahead, quantise=quantise)
-        decision.sites[layer.name] = layer.site
-        decision.masks[layer.name] = layer.to_site(solved.keep)
-        decision.weights[layer.name] = layer.to_site(solved.weight)
-        decision.facts[layer.name] = {"error": solved.error, "damping": factor.damping}
-        visit.replace(layer, solved.weight)
+        facts = {"error": solved.error, "damping": factor.damping}
+        return Choice(solved.keep, solved.weight, facts=facts, warnings=warnings)
 
-    decision.warnings += layerwise(task, Hessian, decide, one_pass=settings.true_sequential)
-    return decision
+    return layerwise(task, Hessian, decide, one_pass=settings.true_sequential)
 
 
 def _factorised(stat: Hessian, name: str, settings: SparseGPTSettings) -> InverseFactor:

@@ -25,7 +25,7 @@ from secateur.core.select import keep_pattern, keep_top
 from secateur.core.units import UnitKind
 from secateur.scores import weights as score
 from secateur.stats.listeners import SecondMoment
-from secateur.stats.walker import BlockVisit, layerwise
+from secateur.stats.walker import Choice, layerwise
 from secateur.structure.layers import WeightLayer
 
 
@@ -59,26 +59,20 @@ class WandaSettings(Settings):
 
 def plan(task: Task, settings: WandaSettings) -> Decision:
     """Walk the blocks, score, choose per row, write zeros, go on with the pruned block."""
-    decision = Decision()
 
-    def decide(visit: BlockVisit, layer: WeightLayer, stat: SecondMoment) -> None:
-        W, moment = layer.matrix, stat.value
+    def decide(layer: WeightLayer, stat: SecondMoment) -> Choice:
+        W, moment, warnings = layer.matrix, stat.value, []
         if not moment.any():
-            decision.warnings.append(f"layer '{layer.name}' saw no calibration input but zeros: pruned by magnitude")
+            warnings.append(f"layer '{layer.name}' saw no calibration input but zeros: pruned by magnitude")
             moment = torch.ones_like(moment)
         scores = score.wanda(W, moment)
         keep = choose(scores, task, settings, layer.name)
         if keep.all() and task.budget.amount > 0:
-            decision.warnings.append(f"layer '{layer.name}' has too few inputs for this sparsity: nothing was pruned")
-        decision.sites[layer.name] = layer.site
-        decision.masks[layer.name] = layer.to_site(keep)
-        if task.keep_scores:
-            decision.scores[layer.name] = layer.to_site(scores)
-        visit.replace(layer, W * keep)
+            warnings.append(f"layer '{layer.name}' has too few inputs for this sparsity: nothing was pruned")
+        return Choice(keep, scores=scores, warnings=warnings)
 
     one_pass = settings.sequencing is Sequencing.PROJECTION
-    decision.warnings += layerwise(task, SecondMoment, decide, one_pass=one_pass, dense=settings.dense_chain)
-    return decision
+    return layerwise(task, SecondMoment, decide, one_pass=one_pass, dense=settings.dense_chain)
 
 
 def choose(scores: Tensor, task: Task, settings: WandaSettings, name: str) -> Tensor:
