@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from secateur.core.errors import ModelError
+from secateur.core.units import Site
 from secateur.structure.layers import layout_of
 
 
@@ -76,3 +77,11 @@ def main_stack(model: nn.Module) -> Stack:
     if not stacks:
         raise ModelError(f"{type(model).__name__} has no list of blocks that could be removed")
     return max(stacks, key=lambda stack: sum(p.numel() for block in stack.blocks for p in block.parameters()))
+
+
+def block_of(site: Site, blocks: Sequence[str]) -> str | None:
+    """The one of the named blocks that everything which is cut with a site's units lies in; None if there is none."""
+    for block in blocks:
+        if all(place.parameter.startswith(f"{block}.") for place in site.occurrences):
+            return block
+    return None

@@ -15,8 +15,6 @@ mixes heads; here query head h belongs to key/value head h // repeats. Recovery 
 
 from __future__ import annotations
 
-from enum import StrEnum
-
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -25,27 +23,10 @@ from secateur.core import tags as t
 from secateur.core.errors import BudgetError
 from secateur.core.method import Decision, Group, Method, Protocol, Task
 from secateur.core.units import Site, UnitKind
-from secateur.data.batches import split_batch
 from secateur.scores.groups import Combine, group_scores
-from secateur.shrink.cut import tensors_of
+from secateur.scores.saliences import Reduce, Salience, along, weight_saliences
 from secateur.shrink.structured import StructuredSettings, View, decide, weight_places
-from secateur.stats.gradients import weight_gradients
-from secateur.structure.stacks import main_stack
-
-
-class Salience(StrEnum):
-    """Which terms of the Taylor expansion count."""
-
-    FIRST = "param_first"
-    SECOND = "param_second"
-    MIX = "param_mix"
-
-
-class Reduce(StrEnum):
-    """Whether signs inside a row may cancel."""
-
-    ELEMENT = "element"
-    VECTORIZE = "vectorize"
+from secateur.structure.stacks import block_of, main_stack
 
 
 class LLMPrunerSettings(StructuredSettings):
@@ -61,45 +42,10 @@ class LLMPrunerSettings(StructuredSettings):
 
 def saliences(view: View, settings: LLMPrunerSettings) -> dict[str, Tensor]:
     """One score per head and neuron."""
-    chosen = weight_places(view)
+    chosen, task = weight_places(view), view.task
     names = sorted({name for name, _ in chosen})
-    per_weight = _per_weight(view, names, settings.salience)
-
-    def vector(name: str, dim: int) -> Tensor | None:
-        if (name, dim) not in chosen:
-            return None
-        others = [d for d in range(per_weight[name].dim()) if d != dim]
-        if settings.reduce is Reduce.ELEMENT:
-            return per_weight[name].abs().sum(others)
-        return per_weight[name].sum(others).abs()
-
-    return group_scores(view.sites, vector, settings.combine)
-
-
-def _per_weight(view: View, names: list[str], salience: Salience) -> dict[str, Tensor]:
-    tensors, task = tensors_of(view.model), view.task
-    weights = {name: tensors[name].detach().float() for name in names}
-    second = {}
-    if salience is not Salience.FIRST:
-        squares = _mean_squares(view, names)
-        second = {name: weights[name].square() * squares[name] for name in names}
-        if salience is Salience.SECOND:
-            return second
-    gradients = weight_gradients(view.model, task.batches, names, task.progress)
-    first = {name: weights[name] * gradients[name] for name in names}
-    return {name: first[name] - 0.5 * second[name] for name in names} if second else first
-
-
-def _mean_squares(view: View, names: list[str]) -> dict[str, Tensor]:
-    """The mean over sequences of each sequence's squared gradient."""
-    sequences = [one for batch in view.task.batches for one in split_batch(batch)]
-    sums: dict[str, Tensor] = {}
-    for one in sequences:
-        found = weight_gradients(view.model, [one], names, view.task.progress)
-        for name, gradient in found.items():
-            square = gradient.square_() / len(sequences)
-            sums[name] = sums[name].add_(square) if name in sums else square
-    return sums
+    terms = weight_saliences(view.model, task.batches, names, settings.salience, task.progress)
+    return group_scores(view.sites, along(terms, chosen, settings.reduce), settings.combine)
 
 
 def in_blocks(model: nn.Module, settings: LLMPrunerSettings) -> list[str]:
@@ -122,7 +68,7 @@ def plan(task: Task, settings: LLMPrunerSettings) -> Decision:
     blocks = in_blocks(task.model, settings)
 
     def inside(site: Site) -> bool:
-        return any(all(place.parameter.startswith(f"{block}.") for place in site.occurrences) for block in blocks)
+        return block_of(site, blocks) is not None
 
     with torch.no_grad():
         return decide(task, settings, lambda view: saliences(view, settings), inside)
