@@ -109,9 +109,9 @@ def plan(
     if entry.run is None:
         raise ModelError(f"{entry.name} is no one-shot method, it cannot make a plan by itself; {_way_to(entry)}")
     checked = entry.configure(settings)
-    budget = _budget(entry, sparsity, pattern, budget)
+    budget = budget_of(entry, sparsity, pattern, budget)
     _refuse_sick(model)
-    batches = _calibration(entry, checked, data)
+    batches = calibration(entry, checked, data)
     runs = entry.structured or checked.uses_example
     task = Task(
         model=model,
@@ -136,7 +136,7 @@ def plan(
         facts=decision.facts,
         example=describe_example(task.example) if entry.structured else None,
     )
-    _refuse_empty(made, budget, decision)
+    refuse_empty(made, budget, decision)
     stamp(model, made)
     return made
 
@@ -184,7 +184,7 @@ def sparsify(
     checked = entry.configure(settings)
     order = Order(
         method=entry.name,
-        budget=_budget(entry, sparsity, None, budget),
+        budget=budget_of(entry, sparsity, None, budget),
         steps=steps,
         settings=checked.model_dump(mode="json"),
         seed=seed,
@@ -243,7 +243,7 @@ def study(
         raise SettingsError("give steps=..., the optimiser steps of one whole training")
     order = Order(
         method=entry.name,
-        budget=_budget(entry, sparsity, None, budget),
+        budget=budget_of(entry, sparsity, None, budget),
         steps=steps,
         settings=checked.model_dump(mode="json"),
         seed=seed,
@@ -296,7 +296,7 @@ def _way_to(entry: Method) -> str:
     return "use " + " or ".join(calls[protocol] for protocol in entry.protocols or (entry.kind,))
 
 
-def _budget(entry: Method, sparsity: float | None, pattern: str | None, budget: Budget | None) -> Budget:
+def budget_of(entry: Method, sparsity: float | None, pattern: str | None, budget: Budget | None) -> Budget:
     given = [item for item in (sparsity, pattern, budget) if item is not None]
     if len(given) != 1:
         raise BudgetError(f"give exactly one of sparsity, pattern and budget; got {len(given)}")
@@ -319,7 +319,7 @@ def _refuse_sick(model: nn.Module) -> None:
             raise NumericsError(f"layer '{name}' has NaN or infinite weights; repair the model before pruning it")
 
 
-def _calibration(entry: Method, settings: Settings, data: Any) -> list[Batch]:
+def calibration(entry: Method, settings: Settings, data: Any) -> list[Batch]:
     if data is None:
         if entry.needs_data:
             raise DataError(f"{entry.name} needs calibration data; give data=... (--data)")
@@ -328,25 +328,29 @@ def _calibration(entry: Method, settings: Settings, data: Any) -> list[Batch]:
 
 
 def _provenance(entry: Method, settings: Settings, task: Task, data: Any, source: str) -> Provenance:
-    described: dict[str, Any] = {}
-    if task.batches:
-        described = {
-            "name": data.name if isinstance(data, Dataset) else type(data).__name__,
-            "digest": data_digest([tensor for batch in task.batches for tensor in batch.tensors]),
-            "samples": sum(batch.samples for batch in task.batches),
-        }
     return Provenance(
         method=entry.name,
         settings=settings.model_dump(mode="json"),
         budget=task.budget.to_json() | {"include": list(task.include), "exclude": list(task.exclude)},
         seed=task.seed,
         model={"class": type(task.model).__name__, "source": source},
-        data=described,
+        data=describe_data(task.batches, data),
         versions=versions(),
     )
 
 
-def _refuse_empty(made: Plan, budget: Budget, decision: Decision) -> None:
+def describe_data(batches: Sequence[Batch], data: Any) -> dict[str, Any]:
+    """Name, digest and number of samples of calibration data; empty without any."""
+    if not batches:
+        return {}
+    return {
+        "name": data.name if isinstance(data, Dataset) else type(data).__name__,
+        "digest": data_digest([tensor for batch in batches for tensor in batch.tensors]),
+        "samples": sum(batch.samples for batch in batches),
+    }
+
+
+def refuse_empty(made: Plan, budget: Budget, decision: Decision) -> None:
     """A layer without any weight passes no signal: say so instead of saving a dead model."""
     for name, mask in made.masks.items():
         if mask.numel() and not bool(mask.any()):

@@ -35,6 +35,15 @@ def total_count(value: int) -> int:
     return int(total(torch.tensor(value, dtype=torch.int64)))
 
 
+def least(value: int) -> int:
+    """The smallest of the ranks' numbers."""
+    if several():
+        box = torch.tensor(value, dtype=torch.int64)
+        dist.all_reduce(box, op=dist.ReduceOp.MIN)
+        return int(box)
+    return value
+
+
 def agreed(value: T) -> T:
     """Rank 0's `value` on every rank; the value itself where there is one process.
 

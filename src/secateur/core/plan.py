@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.core.errors import PlanError
 from secateur.core.files import read_json, whole_folder, write_json
 from secateur.core.fingerprint import mismatches
 from secateur.core.masks import pack, unpack
+from secateur.core.shards import shapes_of, write_shard
 from secateur.core.units import Site, UnitKind
 
 FORMAT = 2  # 2: structured units, with example and attributes
@@ -79,7 +79,7 @@ class Plan:
     """
 
     sites: dict[str, Site]
-    masks: dict[str, Tensor]
+    masks: MutableMapping[str, Tensor]
     weights: dict[str, Tensor] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)
     provenance: tuple[Provenance, ...] = ()
@@ -237,10 +237,16 @@ class Plan:
 
     def write_into(self, folder: Path) -> None:
         """Write the two files into an existing folder."""
-        tensors = {f"mask/{name}": pack(mask) for name, mask in self.masks.items()}
-        tensors |= {f"weight/{name}": value.detach().cpu().contiguous() for name, value in self.weights.items()}
-        tensors |= {f"score/{name}": value.detach().cpu().contiguous() for name, value in self.scores.items()}
-        save_file(tensors, folder / TENSORS)
+        packed = {f"mask/{name}": (torch.uint8, ((site.units + 7) // 8,)) for name, site in self.sites.items()}
+        others = {f"weight/{name}": value for name, value in self.weights.items()}
+        others |= {f"score/{name}": value for name, value in self.scores.items()}
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for name in self.sites:  # one at a time: masks may be on disk
+                yield f"mask/{name}", pack(self.masks[name])
+            yield from others.items()
+
+        write_shard(folder / TENSORS, packed | shapes_of(others), tensors())
         write_json(folder / DOCUMENT, self.document())
 
     def document(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from secateur.core.errors import ModelError, PlanError, SecateurError, UnknownNameError
+from secateur.shrink.biases import add_biases_
 from secateur.shrink.cut import AttributeChange, set_attributes
 from secateur.shrink.depth import remove_blocks_
 from secateur.shrink.folder import BUFFERS, CARD, CONFIG, OWN, WEIGHTS, check_weights, quiet_transformers, read_config
@@ -79,6 +80,7 @@ def replay(module: nn.Module, folder: Path) -> bool:
         try:
             for stack, keep in step.get("blocks", {}).items():
                 remove_blocks_(module, stack, keep)
+            add_biases_(module, step.get("biases", ()))
             if "cut" in step:
                 set_attributes(module, [AttributeChange(**change) for change in step["cut"]])
                 resize = True
@@ -122,13 +124,14 @@ def load_uneven(folder: Path) -> nn.Module:
         ModelError: damaged files, or names and shapes that differ.
     """
     card = read_config(folder / OWN, CARD)
-    shapes, attributes = card.get("shapes", {}), card.get("attributes", [])
+    shapes, attributes, added = card.get("shapes", {}), card.get("attributes", []), card.get("added", {})
 
     def cut_again(plain: type) -> type:
         def build(self: Any, *args: Any, **kwargs: Any) -> None:
             plain.__init__(self, *args, **kwargs)  # type: ignore[misc]
             set_attributes(self, [AttributeChange(**change) for change in attributes])
             resized(self, shapes)
+            add_biases_(self, added)
 
         return type(plain.__name__, (plain,), {"__init__": build, "__module__": plain.__module__})
 
@@ -213,11 +216,9 @@ def load_transformers(folder: Path, adapt: Callable[[type], type] = lambda plain
         ModelError: damaged or missing weights, unknown class, tensors missing or of other shapes.
     """
     config = read_config(folder)
-    if quantised := config.get("quantization_config"):
-        kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise ModelError(f"'{folder}' is quantised ({kind}); start from the dense checkpoint")
+    refuse_quantised(folder, config)
     check_weights(folder)
-    found: Any = adapt(_model_class(folder, config))
+    found: Any = adapt(model_class(folder, config))
     try:
         with quiet_transformers():
             model, info = found.from_pretrained(
@@ -236,8 +237,19 @@ def load_transformers(folder: Path, adapt: Callable[[type], type] = lambda plain
         name = min(info["unexpected_keys"])
         warnings.warn(f"'{folder}' holds '{name}', which {found.__name__} does not use", stacklevel=2)
     loaded: nn.Module = model.eval()
-    loaded.__class__ = _model_class(folder, config)
+    loaded.__class__ = model_class(folder, config)
     return loaded
+
+
+def refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
+    """Quantised weights cannot be pruned.
+
+    Raises:
+        ModelError: the config says that the checkpoint is quantised; gives the kind.
+    """
+    if quantised := config.get("quantization_config"):
+        kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise ModelError(f"'{folder}' is quantised ({kind}); start from the dense checkpoint")
 
 
 def outline_transformers(folder: Path) -> nn.Module:
@@ -247,7 +259,7 @@ def outline_transformers(folder: Path) -> nn.Module:
         ModelError: unknown class, or a config that no model can be made of.
     """
     config = read_config(folder)
-    found = _model_class(folder, config)
+    found = model_class(folder, config)
     try:
         with quiet_transformers(), torch.device("meta"):
             model: nn.Module = found(found.config_class.from_pretrained(folder))
@@ -258,7 +270,7 @@ def outline_transformers(folder: Path) -> nn.Module:
     return model.eval()
 
 
-def _model_class(folder: Path, config: dict[str, Any]) -> Any:
+def model_class(folder: Path, config: dict[str, Any]) -> Any:
     """The transformers class that the config names."""
     import transformers
 

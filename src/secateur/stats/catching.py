@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.errors import DataError, SecateurError
-from secateur.core.method import Batch
+from secateur.core.errors import DataError, ModelError, SecateurError
+from secateur.core.method import Batch, Residency
 from secateur.data.batches import run
-from secateur.structure.stacks import Stack, find_stacks
+from secateur.structure.stacks import Stack, find_stacks, main_stack
 
 PROBE_TOKENS = 16
 
@@ -168,6 +168,28 @@ def walkable_stacks(model: nn.Module, batch: Batch) -> list[WalkableStack]:
     return found or [WalkableStack(Stack("", (model,)), ())]
 
 
+def streamed_stack(model: nn.Module, batch: Batch, residency: Residency) -> WalkableStack:
+    """The main stack of a model whose weights come and go; its first block is run to see what blocks return.
+
+    Raises:
+        DataError: the model does not run on the batch.
+        ModelError: something happens to the hidden state between the blocks.
+    """
+    stack = main_stack(model)
+    through = WalkableStack(stack, tuple(torch.empty(0) for _ in stack.blocks))  # hands the tensor itself on
+    with residency.outside(stack.names):
+        calls = record_calls(model, through, [_probe_batch(batch).to(residency.device)])[0]
+    if len(calls) != len(stack.blocks) or any(call.hidden is not calls[0].hidden for call in calls):
+        raise ModelError(
+            f"'{stack.name}': the model does not simply hand the state from block to block, so it cannot be streamed"
+        )
+    with residency.inside(stack.block_name(0)):
+        output = stack.blocks[0](*calls[0].args, **calls[0].kwargs)
+    if hidden_of(output) is None:
+        raise ModelError(f"block '{stack.block_name(0)}' returns no hidden state")
+    return WalkableStack(stack, tuple(output for _ in stack.blocks))
+
+
 def record_calls(model: nn.Module, walkable: WalkableStack, batches: Sequence[Batch]) -> list[list[Call]]:
     """For each batch, the call of every block; hidden states of later blocks are placeholders.
 
@@ -213,3 +235,29 @@ def _recording(walkable: WalkableStack, recorded: list[list[Call]]) -> Iterator[
             del block.forward
             if forward is not None:
                 block.forward = forward
+
+
+def run_rest(model: nn.Module, stack: Stack, batch: Batch, hidden: Tensor, like: Any) -> Any:
+    """What the model returns on a batch when its last block gives `hidden`; the blocks themselves are not run.
+
+    Args:
+        model: any model with the stack.
+        stack: its blocks.
+        batch: the inputs that `hidden` came from.
+        hidden: the state after the last block.
+        like: what a block returns: a tensor, or a tuple that starts with one.
+    """
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        return hidden if isinstance(like, Tensor) else type(like)((hidden, *like[1:]))
+
+    own = [vars(block).get("forward") for block in stack.blocks]
+    try:
+        for block in stack.blocks:
+            vars(block)["forward"] = stand_in
+        return run_safely(model, batch)
+    finally:
+        for block, forward in zip(stack.blocks, own, strict=True):
+            del vars(block)["forward"]
+            if forward is not None:
+                vars(block)["forward"] = forward

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -25,16 +25,25 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from secateur.core.distributed import least
 from secateur.core.errors import DataError, ModelError
 from secateur.core.journal import Notes, Section, overlaid
 from secateur.core.method import Batch, Decision, Task
 from secateur.data.running import device_of
-from secateur.stats.catching import Call, WalkableStack, hidden_of, record_calls, run_safely, walkable_stacks
+from secateur.stats.catching import (
+    Call,
+    WalkableStack,
+    hidden_of,
+    record_calls,
+    run_safely,
+    streamed_stack,
+    walkable_stacks,
+)
 from secateur.stats.listeners import Statistic
 from secateur.stats.lockstep import current, lockstep, wait
 from secateur.structure.layers import WeightLayer
 from secateur.structure.sites import WeightLayers, weight_layers
-from secateur.structure.stacks import Stack, find_stacks
+from secateur.structure.stacks import Stack, find_stacks, main_stack
 
 S = TypeVar("S", bound=Statistic)
 
@@ -369,9 +378,10 @@ class BlockWalk:
 
     def _stacks(self) -> list[WalkableStack]:
         if self.still:
-            return [WalkableStack(stack, ()) for stack in find_stacks(self.model)] or [
-                WalkableStack(Stack("", (self.model,)), ())
-            ]
+            stacks = [main_stack(self.model)] if self.task.residency is not None else find_stacks(self.model)
+            return [WalkableStack(stack, ()) for stack in stacks or [Stack("", (self.model,))]]
+        if self.task.residency is not None:
+            return [streamed_stack(self.model, self.batches[0], self.task.residency)]
         return walkable_stacks(self.model, self.batches[0])
 
     @cached_property
@@ -408,31 +418,36 @@ class BlockWalk:
         calls, hidden, dense = self._start(walkable, first)
         for index in range(first, len(stack.blocks)):
             with self._inside(stack.block_name(index)):
-                visit = BlockVisit(
-                    self, stack, index, _Flow([of_batch[index] for of_batch in calls], hidden, self.device)
-                )
+                flow = _Flow([of_batch[index] for of_batch in calls], hidden, self.device)
+                visit = BlockVisit(self, stack, index, flow)
                 if self.twin:
-                    self._dense = {index: _Flow(visit._flow.calls, dense, self.device)}
+                    self._dense = {index: replace(flow, hidden=dense)}
                 yield visit
-                more = index + 1 < len(stack.blocks)
-                if more and self.twin:
-                    dense = self._kept(stack, index + 1, self._dense_outputs(visit), "dense-")
-                if self.dense:
-                    visit.forget()
-                    self._restore()
-                if more and not self.still:
-                    hidden = self._kept(stack, index + 1, visit.outputs())
+                hidden, dense = self._passed_on(visit)
                 if last_stack or self.task.residency is not None:
                     # later stacks must still see this one pruned; after the last nobody runs it again
                     self._restore()
             self.section.write(visit.name, visit.notes)
-            for prefix in ("", "dense-"):
-                self.section.drop_state(f"{prefix}{visit.name}")
+            if index:  # another process may still be at the block before: it may have to be done again
+                for prefix in ("", "dense-"):
+                    self.section.drop_state(f"{prefix}{stack.block_name(index - 1)}")
             self.task.progress.advance()
 
+    def _passed_on(self, visit: BlockVisit) -> tuple[Sequence[Tensor] | None, Sequence[Tensor] | None]:
+        """The states that enter the next block: of the chain that the walk follows, and of the dense one beside it."""
+        following = visit.index + 1
+        if self.still or following == len(visit.stack.blocks):
+            return None, None
+        dense = self._kept(visit.stack, following, self._dense_outputs(visit), "dense-") if self.twin else None
+        if self.dense:
+            visit.forget()
+            self._restore()
+        return self._kept(visit.stack, following, visit.outputs()), dense
+
     def _first(self, stack: Stack) -> int:
-        """The first block without notes."""
-        return next((i for i, name in enumerate(stack.names) if name not in self.section), len(stack.blocks))
+        """The first block without notes; of several processes, the one that is furthest behind says it."""
+        own = next((i for i, name in enumerate(stack.names) if name not in self.section), len(stack.blocks))
+        return least(own)
 
     def _start(
         self, walkable: WalkableStack, first: int
