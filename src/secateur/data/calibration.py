@@ -1,4 +1,4 @@
-"""Calibration batches made anew: of another size, or of noise."""
+"""Calibration batches made anew: of another size, drawn afresh, or of noise."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secateur.core.errors import DataError
 from secateur.core.method import Batch
-from secateur.data.batches import split_batch
+from secateur.data.batches import drawn, split_batch
 
 
 def regrouped(batches: Sequence[Batch], size: int) -> list[Batch]:
@@ -27,6 +27,29 @@ def regrouped(batches: Sequence[Batch], size: int) -> list[Batch]:
             else:
                 groups.append([part])
     return [_joined(group) for group in groups]
+
+
+def fresh(batches: Sequence[Batch], samples: int, length: int, size: int, rng: torch.Generator) -> list[Batch]:
+    """Samples drawn without repetition in batches of `size`; token windows cut to `length` at random offsets.
+
+    What is not plain token ids `[samples, tokens]`, and windows that are no longer than `length`, stay whole.
+    """
+    batch = drawn(batches, samples, rng)
+    tokens = window_length(batch)
+    if tokens is not None and tokens > length:
+        windows = batch.tensors[0]
+        starts = torch.randint(tokens - length + 1, (len(windows), 1), generator=rng)
+        places = (starts + torch.arange(length)).to(windows.device)
+        cut = windows.gather(1, places)  # [samples, length]
+        batch = Batch(tuple(cut for _ in batch.args), dict.fromkeys(batch.kwargs, cut), batch.target)
+    return split_batch(batch, size)
+
+
+def window_length(batch: Batch) -> int | None:
+    """Tokens of each sample where the inputs are one tensor of token ids `[samples, tokens]`; None otherwise."""
+    inputs = (*batch.args, *batch.kwargs.values())
+    alone = len(inputs) == 1 and isinstance(inputs[0], Tensor)
+    return inputs[0].shape[1] if alone and inputs[0].dtype == torch.int64 and inputs[0].dim() == 2 else None
 
 
 def normal_like(batch: Batch, rng: torch.Generator) -> Batch:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from secateur.core.errors import ModelError
+from secateur.core.errors import BudgetError, ModelError
 from secateur.core.units import Site
 from secateur.structure.layers import layout_of
 
@@ -85,3 +85,16 @@ def block_of(site: Site, blocks: Sequence[str]) -> str | None:
         if all(place.parameter.startswith(f"{block}.") for place in site.occurrences):
             return block
     return None
+
+
+def blocks_between(stack: Stack, first: int, last: int) -> list[str]:
+    """Names of the blocks `first`, ..., `last` - 1.
+
+    Raises:
+        BudgetError: there is none.
+    """
+    if not 0 <= first < last <= len(stack.blocks):
+        raise BudgetError(
+            f"first={first} and last={last} name no block of '{stack.name}', which has {len(stack.blocks)}"
+        )
+    return list(stack.names[first:last])

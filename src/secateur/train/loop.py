@@ -24,6 +24,7 @@ from secateur.data.batches import forward, task_loss
 from secateur.data.dataset import Dataset
 from secateur.data.running import device_of, evaluating, training
 from secateur.train.keep import MaskKeeper
+from secateur.train.schedules import warm_stable_decay
 
 
 class OptimizerName(StrEnum):
@@ -40,6 +41,7 @@ class Decay(StrEnum):
     CONSTANT = "constant"
     COSINE = "cosine"  # to `last` times the peak at the end
     STEPS = "steps"  # times `factor` at every milestone
+    WSD = "wsd"  # constant, and straight down to `last` times the peak in the last `cooldown` of the training
 
 
 class Recipe(Settings):
@@ -53,12 +55,13 @@ class Recipe(Settings):
     nesterov: bool = Field(False, description="Nesterov momentum, of sgd")
     betas: tuple[float, float] = Field((0.9, 0.999), description="of adam and adamw")
     weight_decay: float = Field(0.0, ge=0, description="decoupled for adamw, L2 otherwise")
-    decay: Decay = Field(Decay.COSINE, description="constant, cosine or steps")
+    decay: Decay = Field(Decay.COSINE, description="constant, cosine, steps or wsd (warm-up, stable, decay)")
     milestones: tuple[float, ...] = Field(
         (0.5, 0.75), description="shares of the training where the rate drops (steps)"
     )
     factor: float = Field(0.1, gt=0, description="by which the rate drops at a milestone")
-    last: float = Field(0.0, ge=0, le=1, description="share of the peak rate that a cosine ends at")
+    last: float = Field(0.0, ge=0, le=1, description="share of the peak rate that a cosine or wsd ends at")
+    cooldown: float = Field(0.1, ge=0, le=1, description="share of the training with falling rate, of wsd")
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the training with linearly rising rate")
     clip: float | None = Field(None, gt=0, description="largest gradient norm; none by default")
     smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing")
@@ -70,6 +73,8 @@ class Recipe(Settings):
             return self.lr * (step + 1) / risen
         if self.decay is Decay.CONSTANT:
             return self.lr
+        if self.decay is Decay.WSD:
+            return self.lr * warm_stable_decay(step, self.steps, self.warmup, self.cooldown, self.last)
         if self.decay is Decay.STEPS:
             return self.lr * self.factor ** sum(step >= round(share * self.steps) for share in self.milestones)
         done = (step - risen) / max(1, self.steps - risen)

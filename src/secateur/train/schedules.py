@@ -164,6 +164,23 @@ class CosineRate:
         return between(self.first, self.last, step / self.steps, Shape.COSINE)
 
 
+def warm_stable_decay(step: int, steps: int, warmup: float, cooldown: float, last: float) -> float:
+    """Share of the peak learning rate in the step after `step` steps: up, constant, down, each a straight line.
+
+    Args:
+        step: 0 is the first.
+        steps: of the whole training, however many pieces it comes in.
+        warmup: share of the steps that rise.
+        cooldown: share of the steps that fall, at the end.
+        last: share of the peak that the fall leads to.
+    """
+    risen, falling = round(warmup * steps), round(cooldown * steps)
+    if step < risen:
+        return (step + 1) / risen
+    down = step - (steps - falling)
+    return 1.0 if down <= 0 else between(1.0, last, down / falling, Shape.LINEAR)
+
+
 def average_density(schedule: Schedule, steps: int) -> float:
     """Mean density over the forward passes of a training: (1/T) sum_{t<T} density(t) (Jin et al. 2025)."""
     return math.fsum(schedule.density(step) for step in range(steps)) / steps

@@ -20,13 +20,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from secateur.core import tags as t
-from secateur.core.errors import BudgetError
 from secateur.core.method import Decision, Group, Method, Protocol, Task
 from secateur.core.units import Site, UnitKind
 from secateur.scores.groups import Combine, group_scores
 from secateur.scores.saliences import Reduce, Salience, along, weight_saliences
 from secateur.shrink.structured import StructuredSettings, View, decide, weight_places
-from secateur.structure.stacks import block_of, main_stack
+from secateur.structure.stacks import block_of, blocks_between, main_stack
 
 
 class LLMPrunerSettings(StructuredSettings):
@@ -58,9 +57,7 @@ def in_blocks(model: nn.Module, settings: LLMPrunerSettings) -> list[str]:
     count = len(stack.blocks)
     first = round(count / 10) if settings.first is None else settings.first
     last = count - round(count / 16) if settings.last is None else settings.last
-    if not 0 <= first < last <= count:
-        raise BudgetError(f"first={first} and last={last} name no block of '{stack.name}', which has {count}")
-    return [stack.block_name(index) for index in range(first, last)]
+    return blocks_between(stack, first, last)
 
 
 def plan(task: Task, settings: LLMPrunerSettings) -> Decision:
