@@ -41,10 +41,13 @@ def mismatches(
     """Pairs (name, what differs) between a model's tensors and a stored fingerprint.
 
     A tensor agrees when it equals its entry in `expected` (the model as it was planned on) or in
-    `also` (the same after the plan was applied).
+    `also` (the same after the plan was applied), which may hold parameters that the plan adds.
     """
     for name in sorted(tensors.keys() - expected.keys()):
-        yield name, "is not in the planned model"
+        if name not in also:
+            yield name, "is not in the planned model"
+        elif digests({name: tensors[name]})[name] != also[name]:
+            yield name, "has other values"
     for name, entry in expected.items():
         if name not in tensors:
             yield name, "is missing"

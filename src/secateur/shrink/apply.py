@@ -13,6 +13,7 @@ from secateur.core.errors import PlanError
 from secateur.core.fingerprint import digests
 from secateur.core.plan import Plan
 from secateur.core.units import UnitKind
+from secateur.shrink.biases import add_biases_, blank_bias, given_biases
 from secateur.shrink.cut import structured, tensors_of
 from secateur.shrink.depth import Undo, blocks_of, kept_list, remove_blocks_
 from secateur.shrink.verify import cut_
@@ -24,6 +25,10 @@ def changed_weights(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor,
     """(name, live parameter or buffer, its value under the plan) for everything whose values the plan changes.
 
     Zeros are exact and positive. Values have the tensor's dtype and device; structured units are not cut here.
+    A bias that the model has not (`shrink.biases`) stands for itself as zeros.
+
+    Raises:
+        PlanError: the plan gives values to something else that the model has not.
     """
     tensors = tensors_of(model)
     for name, site in plan.sites.items():
@@ -31,8 +36,8 @@ def changed_weights(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor,
             tensor = tensors[name]
             value = plan.weights.get(name, tensor.detach()).to(tensor.device, tensor.dtype)
             yield name, tensor, value.masked_fill(~plan.masks[name].to(tensor.device), 0)
-    for name in plan.weights.keys() - plan.sites.keys():
-        tensor = tensors[name]
+    for name in sorted(plan.weights.keys() - plan.sites.keys()):
+        tensor = tensors[name] if name in tensors else blank_bias(model, name)
         yield name, tensor, plan.weights[name].to(tensor.device, tensor.dtype)
 
 
@@ -56,6 +61,10 @@ def _check(model: nn.Module, plan: Plan, other_weights: bool) -> None:
         for place in site.occurrences:
             if place.parameter not in tensors:
                 raise PlanError(f"the plan cuts '{place.parameter}', which this model does not have")
+    for name, value in plan.weights.items():
+        shape = list((tensors[name] if name in tensors else blank_bias(model, name)).shape)
+        if list(value.shape) != shape:
+            raise PlanError(f"the plan gives '{name}' values {list(value.shape)}, it is {shape} in this model")
 
 
 def _copied(tensor: Tensor) -> Undo:
@@ -99,6 +108,7 @@ def masked(
     originals = []
     undo: list[Undo] = []
     try:
+        undo.append(add_biases_(model, given_biases(plan)))
         for _, parameter, value in changed_weights(model, plan):
             originals.append((parameter, parameter.data))
             parameter.data = value
@@ -134,7 +144,7 @@ def apply_(model: M, plan: Plan, other_weights: bool = False, *, example: Any = 
             masked one; nothing was changed.
     """
     _check(model, plan, other_weights)
-    undo: list[Undo] = []
+    undo = [add_biases_(model, given_biases(plan))]
     with torch.no_grad():
         for _, tensor, value in changed_weights(model, plan):
             undo.append(_copied(tensor))

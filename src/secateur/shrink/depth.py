@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 
 from secateur.core.errors import PlanError
+from secateur.core.plan import Plan
+from secateur.core.units import UnitKind
 
 INDEX = re.compile(r"layer_(idx|id|index|number)$")
 COUNT = re.compile(r"^(num_|n_)?(encoder_|decoder_)?(hidden_)?layers?$")
@@ -39,6 +42,20 @@ def remove_blocks_(model: nn.Module, stack: str, keep: Sequence[bool]) -> Undo:
         changes += _renumbered(blocks[old], old, new)
     changes += _config_changes(model, stack, keep)
     return _set_all(changes)
+
+
+@contextlib.contextmanager
+def without_blocks(model: nn.Module, stack: str, keep: Sequence[bool]) -> Iterator[None]:
+    """The model without the blocks with `keep[i] == False` inside the block; as it was afterwards.
+
+    Raises:
+        PlanError: as `remove_blocks_`.
+    """
+    undo = remove_blocks_(model, stack, keep)
+    try:
+        yield
+    finally:
+        undo()
 
 
 def blocks_of(model: nn.Module, stack: str, count: int) -> nn.ModuleList | nn.Sequential:
@@ -94,6 +111,17 @@ def _configs_around(model: nn.Module, stack: str) -> list[Any]:
     around = [model.get_submodule(".".join(parts[:end])) for end in range(len(parts) + 1)]
     found = {id(module.config): module.config for module in around if hasattr(module, "config")}
     return [config for config in found.values() if hasattr(config, "to_dict")]
+
+
+def renumbered(name: str, plan: Plan) -> str | None:
+    """The name that a module or tensor of the dense model has once a plan's blocks are gone; None if it goes too."""
+    for stack, mask in plan.masks.items():
+        if plan.sites[stack].kind is UnitKind.BLOCK and name.startswith(f"{stack}."):
+            index, dot, rest = name.removeprefix(f"{stack}.").partition(".")
+            if not bool(mask[int(index)]):
+                return None
+            return f"{stack}.{int(mask[: int(index)].sum())}{dot}{rest}"
+    return name
 
 
 def _set_all(changes: list[tuple[Any, str, Any]]) -> Undo:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from secateur.core.plan import Plan
 from secateur.core.units import Site, UnitKind
 from secateur.shrink.cut import AttributeChange, structured
+from secateur.shrink.depth import renumbered
 
 FIELDS: dict[UnitKind, tuple[str, ...]] = {
     UnitKind.NEURON: (
@@ -29,6 +31,7 @@ FIELDS: dict[UnitKind, tuple[str, ...]] = {
     UnitKind.KV_GROUP: ("num_key_value_heads", "num_kv_heads"),
     UnitKind.HEAD_DIM: ("head_dim", "attention_head_size", "d_kv"),
     UnitKind.EMBEDDING: ("hidden_size", "n_embd", "d_model", "embed_dim"),
+    UnitKind.EXPERT: ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
 }
 """Kinds of unit -> the names that configs give to their number."""
 
@@ -96,7 +99,16 @@ def _builds_the_same(model: nn.Module, config: Any, plan: Plan) -> bool:
     buffers = dict(plain.named_buffers())
     if any(name in buffers and buffers[name].shape != buffer.shape for name, buffer in model.named_buffers()):
         return False
-    return all(_has(plain, AttributeChange(**change)) for change in plan.attributes)
+    changes = (replace(change, module=now) for change, now in _after_blocks(plan))
+    return all(_has(plain, change) for change in changes)
+
+
+def _after_blocks(plan: Plan) -> Iterator[tuple[AttributeChange, str]]:
+    """Every changed attribute, and the name that its module has once the plan's blocks are gone too."""
+    for change in (AttributeChange(**entry) for entry in plan.attributes):
+        now = renumbered(change.module, plan)
+        if now is not None:
+            yield change, now
 
 
 def _has(model: nn.Module, change: AttributeChange) -> bool:
@@ -122,7 +134,7 @@ def runtimes(kind: str, layout: str) -> dict[str, str]:
     if layout == "plain":
         served = "if it knows the architecture"
         return {"transformers": "plain from_pretrained", "vLLM": served, "llama.cpp": served, "ONNX": EXPORTED}
-    refused = "no, the config cannot say these widths; prune with layout=uniform"
+    refused = "no, the config cannot say these widths or biases; prune with layout=uniform"
     return {
         "secateur.load": "yes",
         "transformers": "with trust_remote_code",

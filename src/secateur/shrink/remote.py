@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 MODULE = "modeling_cut"
 
-TEMPLATE = '''"""{name} with layers of uneven widths: the plain class, resized as `CUT` says."""
+TEMPLATE = '''"""{name} with layers of uneven widths: the plain class, resized and given biases as `CUT` says."""
 
 import json
 
@@ -35,6 +36,9 @@ class Cut{name}({name}):
                 items[change["index"]] = value
                 value = tuple(items)
             setattr(owner, change["attribute"], value)
+        for name, shape in CUT["added"].items():
+            owner, _, leaf = name.rpartition(".")
+            self.get_submodule(owner).register_parameter(leaf, torch.nn.Parameter(torch.empty(shape)))
         tensors = dict(self.named_parameters()) | dict(self.named_buffers())
         for name, shape in CUT["shapes"].items():
             tensors[name].data = tensors[name].data.new_empty(shape)
@@ -50,24 +54,19 @@ class Cut{name}({name}):
 '''
 
 
-def write_model_code(
-    folder: Path,
-    name: str,
-    attributes: list[dict[str, Any]],
-    shapes: dict[str, list[int]],
-    buffers: dict[str, Tensor],
-) -> None:
+def write_model_code(folder: Path, name: str, card: Mapping[str, Any], buffers: Mapping[str, Tensor]) -> None:
     """Write `modeling_cut.py` and name it in the config's `auto_map`.
 
     Args:
         folder: a saved transformers folder.
         name: the original class.
-        attributes: what changed, as in the card.
-        shapes: parameter -> its shape, where it differs from what the config builds.
+        card: its `attributes` are what changed, its `shapes` the parameters whose shape is not what the config
+            builds, its `added` the parameters that the config does not build.
         buffers: cut buffers that no weight file holds, with their values.
     """
+    changes = {key: card[key] for key in ("attributes", "shapes", "added")}
     values = {key: tensor.tolist() for key, tensor in buffers.items()}
-    cut = json.dumps({"attributes": attributes, "shapes": shapes, "buffers": values}, sort_keys=True)
+    cut = json.dumps(changes | {"buffers": values}, sort_keys=True)
     (folder / f"{MODULE}.py").write_text(TEMPLATE.format(name=name, cut=cut), encoding="utf-8")
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -18,8 +18,9 @@ from secateur.core.units import UnitKind
 from secateur.data.batches import run
 from secateur.data.probe import probe_for
 from secateur.data.running import device_of, evaluating
+from secateur.shrink.biases import given_biases
 from secateur.shrink.cut import odd_attributes, structured
-from secateur.shrink.depth import kept_list
+from secateur.shrink.depth import kept_list, renumbered
 from secateur.shrink.folder import BUFFERS, CARD, OWN, WEIGHTS, carry_companions, quiet_transformers
 from secateur.shrink.layout import plain_config, runtimes
 from secateur.shrink.load import layout_of_folder, load, read_tensors, steps_of
@@ -101,14 +102,15 @@ def _card(model: nn.Module, plan: Plan | None, source: str | Path | None, factor
         "class": type(model).__name__,
         "factory": factory,
         "steps": steps,
-        "layout": "plain" if not any("cut" in step for step in steps) else "uneven",
+        "layout": "uneven" if any({"cut", "biases"} & step.keys() for step in steps) else "plain",
         "versions": versions(),
     }
 
 
 def _steps(plan: Plan) -> list[dict[str, Any]]:
     """What a loader must do to a fresh module, in order."""
-    found: list[dict[str, Any]] = [{"cut": list(plan.attributes)}] if structured(plan) else []
+    found: list[dict[str, Any]] = [{"biases": given}] if (given := given_biases(plan)) else []
+    found += [{"cut": list(plan.attributes)}] if structured(plan) else []
     now = {name: kept_list(plan.masks[name]) for name, site in plan.sites.items() if site.kind is UnitKind.BLOCK}
     return [*found, {"blocks": now}] if now else found
 
@@ -116,9 +118,10 @@ def _steps(plan: Plan) -> list[dict[str, Any]]:
 def _cut_buffers(model: nn.Module, plan: Plan | None, source: str | Path | None) -> dict[str, Tensor]:
     """Buffers that were cut, now or before, and that no state dict holds, such as rotary frequencies."""
     stored = model.state_dict().keys()
-    touched = (
-        {place.parameter for name in structured(plan) for place in plan.sites[name].occurrences} if plan else set()
-    )
+    touched = set()
+    if plan is not None:
+        places = (place.parameter for name in structured(plan) for place in plan.sites[name].occurrences)
+        touched = {now for now in (renumbered(name, plan) for name in places) if now is not None}
     earlier = Path(source) / OWN / BUFFERS if source else None
     if earlier is not None and earlier.exists():
         touched |= read_tensors(earlier).keys()
@@ -132,11 +135,11 @@ def _save_transformers(
     """Save as a Hugging Face folder; returns the layout, `plain` where the config can say all widths."""
     origin = Path(source or model.name_or_path or "")
     was_uneven = str(origin) != "." and origin.is_dir() and layout_of_folder(origin) == "uneven"
-    cut = plan is not None and bool(structured(plan))
-    if not (cut or was_uneven):
+    changed = plan is not None and bool(structured(plan) or given_biases(plan))
+    if not (changed or was_uneven):
         _save_pretrained(model, folder, plan, source)
         return "plain"
-    config = plain_config(model, plan) if plan is not None and cut and not was_uneven else None
+    config = plain_config(model, plan) if plan is not None and changed and not was_uneven else None
     if config is not None:
         dense, model.config = model.config, config
         try:
@@ -149,9 +152,8 @@ def _save_transformers(
         fresh = type(model)(model.config)
     card["shapes"] = _odd_shapes(model, fresh)
     card["attributes"] = [change.to_json() for change in odd_attributes(model, fresh)]
-    write_model_code(
-        folder, type(model).__name__, card["attributes"], card["shapes"], _cut_buffers(model, plan, source)
-    )
+    card["added"] = _added(model, fresh)
+    write_model_code(folder, type(model).__name__, card, _cut_buffers(model, plan, source))
     return "uneven"
 
 
@@ -159,7 +161,15 @@ def _odd_shapes(model: nn.Module, fresh: nn.Module) -> dict[str, list[int]]:
     """The parameters and buffers that the config would build with other shapes."""
     plain = dict(fresh.named_parameters()) | dict(fresh.named_buffers())
     mine = {**dict(model.named_parameters()), **_stored_buffers(model)}
-    return {name: list(tensor.shape) for name, tensor in mine.items() if plain[name].shape != tensor.shape}
+    return {
+        name: list(tensor.shape) for name, tensor in mine.items() if name in plain and plain[name].shape != tensor.shape
+    }
+
+
+def _added(model: nn.Module, fresh: nn.Module) -> dict[str, list[int]]:
+    """The parameters that the config would not build, such as biases that make up for removed units."""
+    plain = dict(fresh.named_parameters())
+    return {name: list(tensor.shape) for name, tensor in model.named_parameters() if name not in plain}
 
 
 def _stored_buffers(model: nn.Module) -> dict[str, Tensor]:
