@@ -182,21 +182,68 @@ def token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
     return flat.view(tokens.shape[0], -1)
 
 
+def token_mask(batch: Batch) -> Tensor | None:
+    """Which tokens are real, bool `[samples, tokens]`; None where no attention mask says that some are padding."""
+    mask = batch.kwargs.get("attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def token_weights(batch: Batch, values: Tensor) -> Tensor:
+    """What every token counts in a mean over its own sequence, float32 `[samples, tokens]`: 0 for padding.
+
+    Args:
+        batch: where the values come from.
+        values: `[samples, tokens, features]`, or with samples and tokens in one dimension.
+
+    Raises:
+        DataError: the values do not have a row for each token of the attention mask.
+    """
+    tokens, mask = values.shape[:-1].numel() // batch.samples, token_mask(batch)
+    if mask is None:
+        return torch.full((batch.samples, tokens), 1 / tokens, device=values.device)
+    if tuple(mask.shape) != (batch.samples, tokens):
+        raise DataError(
+            f"the attention mask {list(mask.shape)} does not fit hidden states of {batch.samples} samples and {tokens} "
+            "tokens; give an attention mask with one entry per token"
+        )
+    weights = mask.to(values.device).float()
+    return weights / weights.sum(1, keepdim=True).clamp_min(1)
+
+
 def task_loss(model: nn.Module, batch: Batch, temperature: float = 1.0) -> Tensor:
     """Mean cross entropy: against the target, or against the next tokens for a language model.
 
     Args:
         model: gives logits.
-        batch: inputs with class indices, or token ids.
+        batch: inputs with class indices, or token ids; of padded text only real tokens count.
         temperature: the logits are divided by it.
 
     Raises:
         DataError: there is no target and the inputs are not token ids.
     """
-    logits = forward(model, batch) / temperature
+    return loss_of(forward(model, batch) / temperature, batch)
+
+
+def loss_of(logits: Tensor, batch: Batch) -> Tensor:
+    """The loss of `task_loss` from a model's logits."""
     if batch.target is not None:
         return F.cross_entropy(logits.float(), batch.target)
-    tokens = next((item for item in batch.tensors if item.dtype == torch.int64 and item.dim() == 2), None)
+    tokens, real = _text_of(batch)
     if tokens is None or logits.dim() != 3:
         raise DataError("this needs a loss, but the data has no labels and is not text; give data with labels")
-    return token_losses(logits, tokens).mean()
+    losses = token_losses(logits, tokens)
+    if real is None or bool(real.all()):
+        return losses.mean()
+    counted = (real[:, :-1] != 0) & (real[:, 1:] != 0)  # neither predicted from padding nor padding itself
+    return losses[counted].sum() / counted.sum().clamp(min=1)
+
+
+def _text_of(batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+    """The token ids that a language model predicts, and the mask of those that are no padding, where there is one."""
+    named = {key: item for key, item in batch.kwargs.items() if isinstance(item, Tensor)}
+    for prefix in ("decoder_", ""):
+        if f"{prefix}input_ids" in named:
+            return named[f"{prefix}input_ids"], named.get(f"{prefix}attention_mask")
+    ids = [item for item in batch.tensors if item.dtype == torch.int64 and item.dim() == 2]
+    ids = [item for item in ids if item is not named.get("attention_mask")]
+    return (ids[0], named.get("attention_mask")) if ids else (None, None)

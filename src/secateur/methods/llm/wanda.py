@@ -17,11 +17,10 @@ from enum import StrEnum
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
+from secateur.allocate.rows import Compare, choose_in_layer
 from secateur.core import tags as t
 from secateur.core.method import Decision, Group, Method, Protocol, Settings, Task
-from secateur.core.select import keep_pattern, keep_top
 from secateur.core.units import UnitKind
 from secateur.scores import weights as score
 from secateur.stats.listeners import SecondMoment
@@ -34,13 +33,6 @@ class Sequencing(StrEnum):
 
     BLOCK = "block"
     PROJECTION = "projection"
-
-
-class Compare(StrEnum):
-    """Which weights compete with each other."""
-
-    ROW = "row"
-    LAYER = "layer"
 
 
 class WandaSettings(Settings):
@@ -59,6 +51,7 @@ class WandaSettings(Settings):
 
 def plan(task: Task, settings: WandaSettings) -> Decision:
     """Walk the blocks, score, choose per row, write zeros, go on with the pruned block."""
+    budget = task.budget.of(UnitKind.WEIGHT)
 
     def decide(layer: WeightLayer, stat: SecondMoment) -> Choice:
         W, moment, warnings = layer.matrix, stat.value, []
@@ -66,48 +59,13 @@ def plan(task: Task, settings: WandaSettings) -> Decision:
             warnings.append(f"layer '{layer.name}' saw no calibration input but zeros: pruned by magnitude")
             moment = torch.ones_like(moment)
         scores = score.wanda(W, moment)
-        keep = choose(scores, task, settings, layer.name)
+        keep = choose_in_layer(scores, budget, layer.name, compare=settings.compare, variant=settings.variant)
         if keep.all() and task.budget.amount > 0:
             warnings.append(f"layer '{layer.name}' has too few inputs for this sparsity: nothing was pruned")
         return Choice(keep, scores=scores, warnings=warnings)
 
     one_pass = settings.sequencing is Sequencing.PROJECTION
     return layerwise(task, SecondMoment, decide, one_pass=one_pass, dense=settings.dense_chain)
-
-
-def choose(scores: Tensor, task: Task, settings: WandaSettings, name: str) -> Tensor:
-    """Keep-mask `[out, in]` from the scores, by pattern, by row, by layer or by the variant's rule."""
-    budget = task.budget.of(UnitKind.WEIGHT)
-    rows, columns = scores.shape
-    if budget.pattern:
-        return keep_pattern(scores, budget.pattern, name)
-    if settings.variant:
-        return variant(scores, 1 - budget.keep(scores.numel()) / scores.numel())
-    if settings.compare is Compare.LAYER:
-        return keep_top(scores.reshape(-1), budget.keep(scores.numel())).view(rows, columns)
-    return keep_top(scores, max(budget.keep(columns), min(budget.floor, columns)))
-
-
-def variant(scores: Tensor, sparsity: float) -> Tensor:
-    """Wanda's variant: a row loses its lowest scores up to a share alpha of the row's total score.
-
-    alpha starts at 0.4 and is bisected within [0, 0.8] until the layer's sparsity is within 0.001 of
-    the target or the interval is shorter than 0.001 (the official code's constants).
-    """
-    if sparsity == 0:
-        return torch.ones_like(scores, dtype=torch.bool)
-    ordered = scores.sort(dim=1, stable=True).values
-    cumulative = ordered.cumsum(1)
-    low, high, alpha = 0.0, 0.8, 0.4
-    while True:
-        reached = (cumulative <= alpha * cumulative[:, -1:]).sum(1, keepdim=True)
-        threshold = ordered.gather(1, (reached - 1).clamp(min=0))
-        keep = scores > threshold
-        found = 1 - keep.float().mean().item()
-        if abs(found - sparsity) <= 1e-3 or high - low < 1e-3:
-            return keep
-        low, high = (alpha, high) if found < sparsity else (low, alpha)
-        alpha = (low + high) / 2
 
 
 method = Method(
