@@ -135,6 +135,7 @@ def plan(
         warnings=tuple(decision.warnings),
         facts=decision.facts,
         example=describe_example(task.example) if entry.structured else None,
+        additions=tuple(decision.additions),
     )
     refuse_empty(made, budget, decision)
     stamp(model, made)

@@ -202,6 +202,7 @@ class Decision:
         facts: site -> figures worth a column in the report.
         warnings: sentences for the user.
         structure: what structured methods found the sites with, so that a cut need not look again.
+        additions: norms and shortcuts that the model gets; see `Plan.additions`.
     """
 
     sites: dict[str, Site] = field(default_factory=dict)
@@ -211,6 +212,7 @@ class Decision:
     facts: dict[str, dict[str, float]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     structure: Any = None
+    additions: list[dict[str, Any]] = field(default_factory=list)
 
 
 PlanFunction = Callable[[Task, Any], Decision]

@@ -76,6 +76,8 @@ class Plan:
         facts: per-site figures of the method, e.g. the solver's error.
         example: what the inputs looked like that the structure was found with, for structured units.
         attributes: module attributes that were changed when structured units were cut, for the loader.
+        additions: norms and shortcuts that the model gets (`shrink.shortcuts`); `weights` then hold every
+            parameter that changes at its new size, and nothing is cut by the masks.
     """
 
     sites: dict[str, Site]
@@ -89,6 +91,7 @@ class Plan:
     facts: dict[str, dict[str, float]] = field(default_factory=dict)
     example: dict[str, Any] | None = None
     attributes: tuple[dict[str, Any], ...] = ()
+    additions: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if self.sites.keys() != self.masks.keys():
@@ -150,6 +153,10 @@ class Plan:
         Raises:
             PlanError: both give new values for the same weights, or were made for other models.
         """
+        if self.additions or other.additions:
+            raise PlanError(
+                "a plan that rotates the residual stream goes with no other; apply it, then plan on the result"
+            )
         both = self.weights.keys() & other.weights.keys()
         if both:
             raise PlanError(f"both plans change the kept weights of '{min(both)}'; apply one, then plan on the result")
@@ -261,6 +268,7 @@ class Plan:
             "facts": self.facts,
             "example": self.example,
             "attributes": list(self.attributes),
+            "additions": list(self.additions),
         }
 
     @classmethod
@@ -294,6 +302,7 @@ class Plan:
                 facts=document["facts"],
                 example=document["example"],
                 attributes=tuple(document["attributes"]),
+                additions=tuple(document.get("additions", ())),
             )
         except (SafetensorError, OSError) as error:
             raise PlanError(f"'{folder / TENSORS}' is missing or damaged: {error}") from error
