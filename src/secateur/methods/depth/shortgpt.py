@@ -16,13 +16,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from secateur.allocate.depth import blocks_to_remove, depth_decision
 from secateur.core import tags as t
-from secateur.core.errors import BudgetError, ModelError, NumericsError
+from secateur.core.journal import Notes
 from secateur.core.method import Decision, Group, Method, Protocol, Settings, Task
 from secateur.core.select import keep_top
-from secateur.core.units import Site, UnitKind
+from secateur.core.units import UnitKind
 from secateur.scores.blocks import angular, cosine
-from secateur.stats.walker import BlockWalk
+from secateur.stats.depth import block_flow
+from secateur.stats.walker import BlockVisit, each_block
 from secateur.structure.stacks import Stack, main_stack
 
 
@@ -45,80 +47,36 @@ class ShortGPTSettings(Settings):
 def plan(task: Task, settings: ShortGPTSettings) -> Decision:
     """Measure every block on the dense model, remove the least influential."""
     stack = main_stack(task.model)
-    remove = how_many(task, stack)
+    remove = blocks_to_remove(task, stack, "shortgpt")
     influence, states = influences(task, stack)
-    site = Site(stack.name, UnitKind.BLOCK, (len(stack.blocks),), cost=_costs(stack))
     free = torch.tensor([task.wants(name) for name in stack.names])
     if settings.metric is Metric.COSINE:
         scores = torch.where(free, influence, torch.full_like(influence, torch.inf))
         keep = keep_top(scores, len(scores) - remove)
     else:
         keep = smallest_run(states, remove, free)
-    gone = [index for index in range(len(keep)) if not keep[index]]
-    protected = [stack.names[index] for index in gone if not free[index]]
-    if protected:
-        raise BudgetError(f"{remove} of {len(keep)} blocks cannot go without the excluded '{protected[0]}'")
-    decision = Decision(sites={stack.name: site}, masks={stack.name: keep})
-    decision.facts[stack.name] = {f"influence_{i}": round(float(value), 6) for i, value in enumerate(influence)}
-    if task.keep_scores:
-        decision.scores[stack.name] = influence
-    decision.warnings = [
-        f"block '{stack.names[index]}' is the {word} one; removing it is usually costly"
-        for index, word in ((0, "first"), (len(keep) - 1, "last"))
-        if index in gone
-    ]
-    return decision
-
-
-def how_many(task: Task, stack: Stack) -> int:
-    """Blocks to remove.
-
-    Raises:
-        BudgetError: the sparsity removes none or all; gives the reachable fractions.
-    """
-    blocks = len(stack.blocks)
-    budget = task.budget.of(UnitKind.BLOCK)
-    if budget.pattern:
-        raise BudgetError("shortgpt removes blocks; an N:M pattern does not apply to it")
-    remove = blocks - max(budget.keep(blocks), budget.floor)
-    if (remove == 0 and budget.amount > 0) or remove >= blocks:
-        raise BudgetError(
-            f"{budget} of {blocks} blocks in '{stack.name}' removes {remove}; "
-            f"reachable: sparsity {1 / blocks:.4g} (1 block) to {(blocks - 1) / blocks:.4g} ({blocks - 1} blocks)"
-        )
-    return remove
+    facts = {f"influence_{i}": round(float(value), 6) for i, value in enumerate(influence)}
+    return depth_decision(task, stack, keep, influence, facts)
 
 
 def influences(task: Task, stack: Stack) -> tuple[Tensor, Tensor]:
     """Block influence `[blocks]` and the last token's states `[blocks + 1, samples, features]`."""
-    influence: list[Tensor] = []
-    states: list[Tensor] = []
-    with BlockWalk(task) as walk:
-        for visit in walk:
-            if visit.stack.name != stack.name:
-                continue
-            values, entering, leaving = [], [], []
-            for before, after in visit.flow():
-                if before.dim() != 3:
-                    raise ModelError(
-                        f"block '{visit.name}' passes on a state of shape {list(before.shape)}; block influence is "
-                        "defined for [samples, tokens, features], as in transformers"
-                    )
-                if before.shape != after.shape:
-                    raise ModelError(
-                        f"block '{visit.name}' turns {list(before.shape)} into {list(after.shape)}; "
-                        "blocks that change the shape cannot be removed"
-                    )
-                if not (torch.isfinite(before).all() and torch.isfinite(after).all()):
-                    raise NumericsError(f"block '{visit.name}' gets or returns NaN or infinity on the calibration data")
-                values.append(cosine(before, after))
-                entering.append(before[:, -1])
-                leaving.append(after[:, -1])
-            if not states:
-                states.append(torch.cat(entering))
-            states.append(torch.cat(leaving))
-            influence.append(1 - torch.cat(values).mean())
-    return torch.stack(influence).cpu(), torch.stack(states)
+
+    def measure(visit: BlockVisit) -> Notes:
+        if visit.stack.name != stack.name:
+            return Notes()
+        values, entering, leaving = [], [], []
+        for before, after in block_flow(visit):
+            values.append(cosine(before, after))
+            entering.append(before[:, -1])
+            leaving.append(after[:, -1])
+        states = {"entering": torch.cat(entering)} if visit.index == 0 else {}
+        return Notes({"influence": 1 - torch.cat(values).mean(), "leaving": torch.cat(leaving), **states})
+
+    section = each_block(task, "block-influence", measure)
+    found = [section[name].tensors for name in stack.names]
+    influence = torch.stack([tensors["influence"] for tensors in found]).cpu()
+    return influence, torch.stack([found[0]["entering"], *(tensors["leaving"] for tensors in found)])
 
 
 def smallest_run(states: Tensor, length: int, free: Tensor) -> Tensor:
@@ -133,10 +91,6 @@ def smallest_run(states: Tensor, length: int, free: Tensor) -> Tensor:
         start = min(range(len(distance)), key=lambda i: (not bool(free[i : i + length].all()), distance[i]))
         keep[start : start + length] = False
     return keep
-
-
-def _costs(stack: Stack) -> tuple[int, ...]:
-    return tuple(sum(p.numel() for p in block.parameters()) for block in stack.blocks)
 
 
 method = Method(
