@@ -14,6 +14,7 @@ from torch import Tensor
 from secateur.core.distributed import several, total, total_count
 from secateur.core.errors import NumericsError
 
+PANEL = 256  # rows of a Hessian computed together
 CHUNK = 2**20  # elements squared at a time: a few MiB that stay in the cache, yet worth a parallel loop
 
 
@@ -72,16 +73,34 @@ class Hessian:
     """
 
     def __init__(self, features: int):
-        self.value = torch.zeros(features, features)
+        self._rows = torch.zeros(features, features)  # from the diagonal on; the rest mirrors it
+        self._whole = True
         self.samples = 0
+
+    @property
+    def value(self) -> Tensor:
+        """The matrix, symmetric."""
+        if not self._whole:
+            for start in range(0, len(self._rows), PANEL):
+                end = start + PANEL
+                self._rows[end:, start:end] = self._rows[start:end, end:].t()
+            self._whole = True
+        return self._rows
+
+    @value.setter
+    def value(self, found: Tensor) -> None:
+        self._rows, self._whole = found, True
 
     def update(self, inputs: Tensor, samples: int) -> None:
         """Running mean over samples."""
-        self.value = self.value.to(inputs.device)
+        self._rows = self._rows.to(inputs.device)
         count = self.samples + samples
         inputs = inputs.float()
-        self.value.addmm_(inputs.t(), inputs, beta=self.samples / count, alpha=2 / count)
-        self.samples = count
+        for start in range(0, inputs.shape[1], PANEL):
+            rows = self._rows[start : start + PANEL, start:]
+            left = inputs[:, start : start + PANEL].t()
+            rows.addmm_(left, inputs[:, start:], beta=self.samples / count, alpha=2 / count)
+        self.samples, self._whole = count, False
 
     def reduce(self) -> None:
         """The mean over the samples of all processes."""
