@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,3 +23,33 @@ def angular(before: Tensor, after: Tensor) -> Tensor:
     """arccos(cosine) / pi for every row, `[rows]`, in [0, 1] (Gromov et al. 2024)."""
     value = F.cosine_similarity(before.double(), after.double(), dim=-1, eps=0.0)
     return torch.arccos(torch.nan_to_num(value, nan=0.5).clamp(-1, 1)) / torch.pi
+
+
+class Influence(StrEnum):
+    """How far a block moves a hidden state."""
+
+    ANGULAR = "angular"
+    COSINE = "cosine"
+    MSE = "mse"
+    MAE = "mae"
+    UNIFORM = "uniform"  # the same for every block
+
+
+def influence(before: Tensor, after: Tensor, how: Influence) -> Tensor:
+    """What a block does to every token, `[tokens]` float64: 0 where it does nothing, larger = it does more.
+
+    Args:
+        before: `[..., features]`, the hidden state that enters the block.
+        after: the same shape, the one that leaves it.
+        how: angle / pi, 1 - cosine, mean squared or mean absolute difference over the features, or 1.
+    """
+    match how:
+        case Influence.ANGULAR:
+            return angular(before, after).flatten()
+        case Influence.COSINE:
+            return 1 - cosine(before, after)
+        case Influence.UNIFORM:
+            return torch.ones(before.shape[:-1], dtype=torch.float64, device=before.device).flatten()
+        case _:
+            change = (after.double() - before.double()).flatten(0, -2)
+            return change.square().mean(-1) if how is Influence.MSE else change.abs().mean(-1)

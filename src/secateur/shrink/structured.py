@@ -171,6 +171,20 @@ def _allowed(site: Site, task: Task) -> bool:
     return any(map(included.wants, names)) and all(map(excluded.wants, names))
 
 
+def refuse_settings(settings: StructuredSettings, *names: str) -> None:
+    """For methods with an allocation of their own: settings that would have no effect must be as they are.
+
+    Raises:
+        SettingsError: one has another value than its default; names it.
+    """
+    for name in names:
+        default = type(settings).model_fields[name].default
+        if getattr(settings, name) != default:
+            raise SettingsError(
+                f"the setting '{name}' has no effect on this method's allocation; leave it at {default}"
+            )
+
+
 def begin(task: Task, settings: StructuredSettings, only: Filter | None = None) -> Work:
     """Find the model's sites that may be cut.
 
@@ -351,6 +365,19 @@ class Work:
         if self.cost is None:
             return counts_at(self.budget.sparsity)
         return meet_cost(counts_at, self.sites, self.budget, self.cost, 1 - 1e-6)
+
+    def scored(self, scores: Mapping[str, Tensor]) -> Work:
+        """The same work on the sites that have a score: those inside the blocks that were walked.
+
+        Raises:
+            ModelError: none of the sites has one.
+        """
+        if not scores:
+            raise ModelError(
+                f"no block of {type(self.task.model).__name__} holds units that this method can score; it needs blocks "
+                f"that run one after the other, '{next(iter(self.sites))}' is in none"
+            )
+        return replace(self, sites={name: site for name, site in self.sites.items() if name in scores})
 
     def conclude(self, masks: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> Decision:
         """The decision for these masks, checked against what the model's code allows."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from secateur.core.errors import ModelError
 from secateur.core.units import Layout, Site
-from secateur.structure.layers import layout_of
+from secateur.structure.layers import layout_of, to_matrix
 
 IN_DIM = {Layout.LINEAR: 1, Layout.CONV: 1, Layout.TRANSPOSED: 0, Layout.CONV_TRANSPOSED: 0}
 """The dimension of a weight along which it reads."""
@@ -26,11 +26,13 @@ class Reader:
         site: the units.
         layer: the layer's weight, e.g. `model.layers.0.mlp.down_proj.weight`.
         columns: int64 `[units, width]`: which inputs of the layer every unit is.
+        layout: of the layer's weight.
     """
 
     site: Site
     layer: str
     columns: Tensor
+    layout: Layout = Layout.LINEAR
 
     @property
     def module(self) -> str:
@@ -41,6 +43,10 @@ class Reader:
     def width(self) -> int:
         """Inputs of one unit: 1 for a neuron, head_dim for a head, several heads for a key/value group."""
         return self.columns.shape[1]
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """What the layer does with the units: its weight's columns `[O, units * width]`, float32."""
+        return to_matrix(weight, self.layout)[:, self.columns.flatten().to(weight.device)].float()
 
     def summed(self, values: Tensor) -> Tensor:
         """One number per input, `[I]`, added up per unit, `[units]`."""
@@ -75,5 +81,7 @@ def readers(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, Reader]:
                 f"'{name}' is read by {who}; this method needs exactly one linear layer that reads the units, "
                 f"exclude it (--exclude '{name.partition(':')[0]}')"
             )
-        found[name] = Reader(site, own[0].parameter, own[0].indices(site.units))
+        layout = layouts[own[0].parameter]
+        assert layout is not None  # or it would not be one of its own
+        found[name] = Reader(site, own[0].parameter, own[0].indices(site.units), layout)
     return found
