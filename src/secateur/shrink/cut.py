@@ -129,8 +129,27 @@ def make_cut(model: nn.Module, plan: Plan, structure: Structure) -> Cut:
     modules = {id(module): name for name, module in model.named_modules()}
     for change in changes:
         cut.attributes.append(_located(model, modules, change.slot, change.value))
-    cut.attributes += _descriptions(model, cut.tensors, {(a.module, a.attribute) for a in cut.attributes})
+    known = {(a.module, a.attribute) for a in cut.attributes}
+    cut.attributes += descriptions(model, cut.tensors, known)
+    cut.attributes += _expert_counts(model, plan, known)
     return cut
+
+
+def _expert_counts(model: nn.Module, plan: Plan, known: set[tuple[str, str]]) -> list[AttributeChange]:
+    """Attributes in which modules beside the experts, such as routers, keep the number of experts without using it."""
+    found = []
+    for name in structured(plan):
+        site = plan.sites[name]
+        owners = {place.parameter.rpartition(".")[0] for place in site.occurrences if site.kind is UnitKind.EXPERT}
+        for owner, attribute in ((owner, attribute) for owner in sorted(owners) for attribute in EXPERT_COUNTS):
+            if (owner, attribute) not in known and getattr(model.get_submodule(owner), attribute, 0) == site.units:
+                known.add((owner, attribute))
+                found.append(AttributeChange(owner, attribute, plan.kept(name)))
+    return found
+
+
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Names that routers give to the number of their experts."""
 
 
 def _located(model: nn.Module, modules: Mapping[int, str], slot: Any, value: int) -> AttributeChange:
@@ -143,9 +162,7 @@ def _located(model: nn.Module, modules: Mapping[int, str], slot: Any, value: int
     raise PlanError(f"the object that holds '{slot}' cannot be found again; exclude the layer")
 
 
-def _descriptions(
-    model: nn.Module, tensors: Mapping[str, Tensor], known: set[tuple[str, str]]
-) -> list[AttributeChange]:
+def descriptions(model: nn.Module, tensors: Mapping[str, Tensor], known: set[tuple[str, str]]) -> list[AttributeChange]:
     """Attributes by which torch's layers describe themselves and that nothing computes with."""
     found = []
     for name, tensor in tensors.items():

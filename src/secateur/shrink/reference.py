@@ -232,6 +232,18 @@ def _reduced(func: Any, keeps: Keeps, args: Any, kwargs: Any) -> Any:
     return func(_gathered(args[0] if args else kwargs["input"], keeps[0]), *args[1:], **names)
 
 
+def _best(func: Any, keeps: Keeps, args: Any, kwargs: Any) -> Any:
+    """The k largest of the kept units, by the numbers that these have in the dense model."""
+    x = args[0] if args else kwargs["input"]
+    given = dict(zip(("k", "dim"), args[1:], strict=False)) | kwargs
+    d = given.get("dim", -1) % x.dim()
+    keep = keeps[0][d]
+    assert keep is not None
+    hidden = ~keep.to(x.device).view(-1, *[1] * (x.dim() - d - 1))
+    rest = {name: value for name, value in kwargs.items() if name != "input"}
+    return func(x.masked_fill(hidden, -torch.inf), *args[1:], **rest)
+
+
 def _weight_norm(func: Any, keeps: Keeps, args: Any, kwargs: Any) -> Tensor:
     out: Tensor = func(_gathered(args[0], keeps[0]), _gathered(args[1], keeps[1]), *args[2:])
     return out
@@ -279,6 +291,7 @@ COUNTING: dict[str, Callable[[Any, Keeps, Any, Any], Any]] = {
     "batch_norm": _batch_norm,
     "scaled_dot_product_attention": _attention,
     "_weight_norm": _weight_norm,
+    "topk": _best,
     "multi_head_attention_forward": _multi_head,
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
     **dict.fromkeys(

@@ -264,6 +264,7 @@ def _primes() -> Iterator[int]:
 
 def settle(observation: Observation) -> None:
     """Freeze every axis that the code's size arithmetic cannot follow, alone or together with the others."""
+    _reserve(observation)
     index = Index(observation.requirements)
     everywhere = (axis for dims in observation.tensors.values() for dim in dims for axis in axes(dim))
     for axis in list(dict.fromkeys(everywhere)):
@@ -286,9 +287,20 @@ def settle(observation: Observation) -> None:
             freeze(axis, broken.reason)
 
 
+def _reserve(observation: Observation) -> None:
+    """Units of which the code chooses k must be k at least; those that are chosen in groups stay."""
+    for dim, k in observation.chosen:
+        axis = resolve(dim)
+        if isinstance(axis, Axis) and k < axis.size:
+            observation.minimums[axis] = max(k, observation.minimums.get(axis, 1))
+        else:
+            freeze(axis, "its units are chosen in groups")
+
+
 def _settle_alone(observation: Observation, index: Index, axis: Axis) -> Index:
     """One axis by itself. Where another of its size reads the same attribute, the two become one."""
-    for kept in (axis.size - 1, (axis.size + 1) // 2):
+    reserved = observation.minimums.get(axis, 1)
+    for kept in (axis.size - 1, max((axis.size + 1) // 2, reserved)):
         _, broken = consequences(index, {axis: kept})
         while broken is not None:
             partner = _partner(index, axis, broken)
@@ -296,9 +308,10 @@ def _settle_alone(observation: Observation, index: Index, axis: Axis) -> Index:
                 axis.frozen = broken.reason
                 return index
             unify(partner, axis, broken.reason)
+            reserved = max(reserved, observation.minimums.get(partner, 1))
             index = Index(observation.requirements)
             _, broken = consequences(index, {axis: kept})
-    observation.minimums[axis] = _least(index, axis)
+    observation.minimums[axis] = max(reserved, _least(index, axis, max((axis.size + 1) // 2, reserved)))
     return index
 
 
@@ -311,9 +324,9 @@ def _partner(index: Index, axis: Axis, broken: Requirement) -> Axis | None:
     return next((other for other in others if other.size == axis.size), None)
 
 
-def _least(index: Index, axis: Axis) -> int:
-    """The smallest count at which the code takes the branches that it took: comparisons may change below it."""
-    low, high = 1, (axis.size + 1) // 2
+def _least(index: Index, axis: Axis, high: int) -> int:
+    """The smallest count at which the code takes the branches that it took at `high`: comparisons may change below."""
+    low = 1
     if high == 1 or consequences(index, {axis: 1})[1] is None:
         return 1
     while high - low > 1:
@@ -347,9 +360,10 @@ def analyse(model: nn.Module, batch: Batch) -> Structure:
     roots = _roots(observation)
     modules = dict(model.named_modules())
     active = _active(observation)
+    routed = {axis for role, dim in observation.roles if role == "experts" for axis in axes(dim)}
     for axis, places in roots.items():
         source = next((place.parameter for place in places if place.parameter not in observation.parameters), None)
-        if source and not produced(modules, observation, places):
+        if source and axis not in routed and not produced(modules, observation, places):
             freeze(axis, f"its units come from the buffer '{source}'")
         if axis not in active:
             idle = all(place.parameter not in observation.used for place in places)

@@ -42,14 +42,16 @@ def _label(modules: Mapping[str, nn.Module], roles: set[str], places: list[Occur
     if roles and any(_of_stream(modules, place) for place in places):
         roles = set()  # the width of the stream is made of heads; it is still the stream's
     for role, kind in (
+        ("experts", UnitKind.EXPERT),
         ("shared", UnitKind.KV_GROUP),
         ("heads", UnitKind.HEAD),
         ("head_dim", UnitKind.HEAD_DIM),
         ("hidden", UnitKind.NEURON),
-        ("experts", UnitKind.EXPERT),
     ):
         if role in roles:
             around = _around([place for place in places if _weight(modules, place)] or places)
+            if role == "experts":
+                around = _around(places)
             if role == "hidden":
                 around = _owner(places[0].parameter)
             return kind, f"{around or first}:{kind.value}"

@@ -89,6 +89,7 @@ class Observation:
         grouped: (groups, channels in each) of grouped convolutions and norms.
         residual: modules that add their input to what they compute, in order of their end.
         minimums: axis -> the smallest count at which comparisons in the code come out as they did.
+        chosen: (dimension, k) where the k best units are chosen for every row: k must stay.
     """
 
     tensors: dict[str, tuple[Dim, ...]] = field(default_factory=dict)
@@ -106,6 +107,7 @@ class Observation:
     branches: list[str] = field(default_factory=list)
     grouped: list[tuple[Dim, Dim]] = field(default_factory=list)
     minimums: dict[Axis, int] = field(default_factory=dict)
+    chosen: list[tuple[Dim, int]] = field(default_factory=list)
 
 
 class Observer:
@@ -238,6 +240,43 @@ class Observer:
         if not isinstance(dim, int):
             self.found.roles.append((kind, dim))
 
+    def choose(self, dim: Dim, count: int, numbers: Tensor) -> None:
+        """`numbers` holds which of the dimension's units are the `count` best."""
+        self.found.chosen.append((dim, count))
+        self.point(numbers, dim)
+
+    def point(self, numbers: Tensor, dim: Dim) -> None:
+        """The values of `numbers` are numbers of the dimension's units."""
+        if not hasattr(numbers, "_axes"):
+            numbers._axes = tuple(numbers.shape)  # type: ignore[attr-defined]
+        numbers._points = dim  # type: ignore[attr-defined]
+
+    def points(self, tensor: Any) -> Dim | None:
+        """The dimension whose units a tensor's values name; None for any other tensor."""
+        found = getattr(tensor, "_points", None)
+        return None if found is None else resolve(found)
+
+    def looked_up(self, dim: Dim, numbers: Any, why: str) -> None:
+        """Units are looked up by number: what was numbered and what is looked up are one, or nothing can go."""
+        points = self.points(numbers)
+        if points is None or size(points) != size(dim):
+            self.fix(dim, why)
+            self.fix(1 if points is None else points, why)
+        else:
+            self.same(dim, points)
+
+    def _follow(self, call: Call) -> None:
+        """Whoever is given numbers of units passes them on or looks up by them; all else must not see them change."""
+        for tensor in call.tensors:
+            points = self.points(tensor)
+            if points is None or call.name in LOOKS_UP:
+                continue
+            if call.name not in PASSES_ON:
+                self.fix(points, COMPUTED)
+                continue
+            for out in call.out if isinstance(call.out, (list, tuple)) else (call.out,):
+                self.point(out, points)
+
     def make(self, shape: tuple[int, ...] | list[int], like: Tensor) -> Tensor:
         """An empty result of a function rule."""
         self.bypass = True
@@ -250,7 +289,7 @@ class Observer:
         """Freeze everything that the call touches and list it."""
         self.found.unknown.setdefault((self.module, self.name), f"{why}; it was left whole")
         for tensor in call.tensors:
-            for dim in self.dims(tensor):
+            for dim in (*self.dims(tensor), self.points(tensor) or 1):
                 self.fix(dim, why)
 
     # --- functions ----------------------------------------------------------------------------
@@ -263,6 +302,8 @@ class Observer:
             return prod(self._extent(SHAPE, args, {}))
         if func == DEVICE:
             return self.device if args[0].is_meta else func(*args)
+        if func in LISTED and self.points(args[0]) is not None:
+            self.fix(args[0]._points, COMPUTED)
         self.call += 1
         self.function = getattr(func, "__name__", "function")
         rule = FUNCTIONS.get(func)
@@ -383,11 +424,15 @@ class Observer:
             self.unknown(call)
         else:
             self._ruled(rule, call)
+        self._follow(call)
         return call.out
 
     def _read(self, func: Any, name: str, args: tuple[Any, ...]) -> Any:
         """Python asks for a value: a branch may depend on it."""
         x = args[0]
+        if self.points(x) is not None:
+            self.name = name
+            self.fix(x._points, COMPUTED)
         if x.dtype == torch.bool or x.is_floating_point() or name != "aten::_local_scalar_dense":
             self.found.branches.append(self.module)
         if not any(item.is_meta for item in args if isinstance(item, Tensor)):
@@ -546,6 +591,21 @@ def _invent_grouped(run: Observer, func: Any, args: tuple[Any, ...], kwargs: dic
     return run.make([args[0].shape[0], args[1].shape[-1]], args[0])
 
 
+PASSES_ON = {
+    f"aten::{name}"
+    for name in (
+        *("view", "_unsafe_view", "reshape", "_reshape_alias", "transpose", "t", "permute", "unsqueeze", "squeeze"),
+        *("clone", "contiguous", "_to_copy", "detach", "alias", "lift_fresh", "expand", "select", "slice", "split"),
+        *("unbind", "chunk", "narrow"),
+    )
+}
+"""Operators that give numbers of units on as they are."""
+
+LOOKS_UP = {"aten::index", "aten::gather", "aten::scatter", "aten::sort", "aten::_grouped_mm"}
+"""Operators whose rules know what to do with numbers of units."""
+
+COMPUTED = "the numbers of units are computed with"
+
 READS = ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero")
 INVENTED: dict[str, Callable[..., Any]] = {
     "aten::topk": _invent_ranking,
@@ -564,6 +624,7 @@ SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 SIZE = torch.Tensor.size
 NUMEL = torch.Tensor.numel
 DEVICE = torch.Tensor.device.__get__
+LISTED = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__)
 
 
 class _Functions(TorchFunctionMode):
@@ -765,7 +826,7 @@ def _protect_outputs(observer: Observer, output: Any) -> None:
 
     def visit(item: Any) -> None:
         if isinstance(item, Tensor):
-            for dim in getattr(item, "_axes", ()):
+            for dim in (*getattr(item, "_axes", ()), getattr(item, "_points", 1)):
                 freeze(dim, "it is an output of the model")
         elif isinstance(item, dict):
             for value in item.values():

@@ -8,6 +8,7 @@ from secateur.structure.rules import (
     norms,
     products,
     recurrent,
+    routing,
     shapes,
     spatial,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "operator",
     "products",
     "recurrent",
+    "routing",
     "shapes",
     "spatial",
 ]

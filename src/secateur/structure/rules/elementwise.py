@@ -196,12 +196,12 @@ def softmax(run: Observer, call: Call) -> None:
     run.set(call.out, dims)
 
 
-@operator("cumsum", "cumprod", "logcumsumexp", "cummax", "sort", "argsort", "topk", "kthvalue", "flip", "roll", "rot90")
+@operator("cumprod", "logcumsumexp", "cummax", "argsort", "kthvalue", "flip", "roll", "rot90")
 def ordered(run: Observer, call: Call) -> None:
     """Order matters along the named dimensions: nothing can go there."""
     x = call.tensors[0]
     dims = list(run.dims(x))
-    named = call.get(2 if call.name in ("aten::topk", "aten::roll", "aten::kthvalue") else 1, "dims", -1)
+    named = call.get(2 if call.name in ("aten::roll", "aten::kthvalue") else 1, "dims", -1)
     named = call.kwargs.get("dim", named)
     which = named if isinstance(named, (list, tuple)) else [-1 if isinstance(named, bool) or named is None else named]
     for d in which or range(x.dim()):

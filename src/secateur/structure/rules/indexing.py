@@ -37,29 +37,35 @@ def index(run: Observer, call: Call) -> None:
     """Advanced indexing: the indexed dimensions are replaced by those of the indices."""
     x, indices = call.args[0], call.args[1]
     run.set(call.out, indexed(run, x, indices, tuple(call.out.shape)))
+    points = run.points(x)
+    if points is not None:
+        run.point(call.out, points)
 
 
 def indexed(run: Observer, x: Tensor, indices: list[Any], shape: tuple[int, ...]) -> list[Dim]:
     """The dimensions of `x[indices]`."""
     dims = run.dims(x)
-    given: list[int] = []
+    given: dict[int, Tensor] = {}  # dimension -> what it is indexed with
     tensors: list[Tensor] = []
     d = 0
     for item in indices:
         width = item.dim() if item is not None and item.dtype in (torch.bool, torch.uint8) else 1
         if item is not None:
-            given += range(d, d + width)
+            given |= dict.fromkeys(range(d, d + width), item)
             tensors += [item]
         d += width
-    for e in given:
-        run.fix(dims[e], LOOKED_UP)
+    for e, item in given.items():
+        run.looked_up(dims[e], item, LOOKED_UP)
+        if hasattr(x, "_parameter") and len(dims) > 1 and run.points(item) is not None:
+            run.role("experts", dims[e])
+    first = min(given, default=0)
     masks = any(item.dtype in (torch.bool, torch.uint8) for item in tensors)
     rest = [dim for e, dim in enumerate(dims) if e not in given]
     new: list[Dim] = list(broadcast(run, tensors)) if not masks else []
     if masks:
-        new = list(shape[given[0] : given[0] + len(shape) - len(rest)])
-    together = given == list(range(given[0], given[0] + len(given))) if given else True
-    at = given[0] if given and together else 0
+        new = list(shape[first : first + len(shape) - len(rest)])
+    together = list(given) == list(range(first, first + len(given)))
+    at = first if together else 0
     before = [dim for e, dim in enumerate(dims[:at]) if e not in given]
     return [*before, *new, *rest[len(before) :]]
 
@@ -79,7 +85,7 @@ def gather(run: Observer, call: Call) -> None:
     """One unit per position of the index."""
     x, d, where = call.args[0], call.args[1] % max(1, call.args[0].dim()), call.args[2]
     dims = list(run.dims(x))
-    run.fix(dims[d], LOOKED_UP)
+    run.looked_up(dims[d], where, LOOKED_UP)
     out: list[Dim] = []
     for e, (a, b) in enumerate(zip(dims, run.dims(where), strict=True)):
         if e == d:
@@ -97,9 +103,12 @@ def scatter(run: Observer, call: Call) -> None:
     """Written by index along one dimension."""
     x, d = call.args[0], call.args[1] % max(1, call.args[0].dim())
     dims = list(run.dims(x))
+    run.looked_up(dims[d], call.args[2], LOOKED_UP)
     for tensor in call.tensors[1:]:
         for e, dim in enumerate(run.dims(tensor)):
-            if e == d or size(dim) != size(dims[e]):
+            if e == d:
+                run.fix(dim, LOOKED_UP)
+            elif size(dim) != size(dims[e]):
                 run.fix(dim, LOOKED_UP)
                 run.fix(dims[e], LOOKED_UP)
             else:

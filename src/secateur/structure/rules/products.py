@@ -128,7 +128,11 @@ def _replaced(term: str, wide: str) -> str:
 def grouped_product(run: Observer, call: Call) -> None:
     """Rows [tokens, k] sorted by expert times [experts, k, m]: all experts lose the same units."""
     a, b = run.dims(call.args[0]), run.dims(call.args[1])
-    run.fix(b[0], "tokens are sorted by expert")
+    offsets = run.dims(call.get(2, "offs"))[0]
+    if isinstance(offsets, int):
+        run.fix(b[0], "tokens are sorted by expert")
+    else:
+        run.role("experts", run.same(b[0], offsets))
     inner = run.same(a[-1], b[-2])
     for dim in (inner, b[-1]):
         run.aligned(dim, 16 // call.args[0].element_size())  # rows must start at multiples of 16 bytes
