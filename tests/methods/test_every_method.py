@@ -32,9 +32,11 @@ ROWS = [(method, model) for method in METHODS for model in zoo.names()]
 
 
 def suits(method: Method, model: str) -> bool:
-    """Whole blocks can be taken from stacks that keep their shape: the transformers; heads from any stack."""
-    if method.units is UnitKind.HEAD:
+    """Whole blocks can be taken from, and compared in, stacks that keep their shape; heads go from any stack."""
+    if method.units is UnitKind.HEAD and Criterion.SIMILARITY not in method.tags.criterion:
         return model != "digits-mlp"
+    if method.units is UnitKind.HEAD:
+        return zoo.get(model).pretrained
     return method.units is not UnitKind.BLOCK or zoo.get(model).pretrained
 
 
@@ -59,6 +61,8 @@ def plan_on(module: nn.Module, method: str, model: str, **budget: object) -> Pla
     settings: dict[str, object] = {"multiple": 1} if METHODS[method].structured else {}  # exact counts
     if "resolution" in METHODS[method].settings.model_fields:
         settings["resolution"] = 5  # a forward pass for each layer and step
+    if "iterations" in METHODS[method].settings.model_fields:
+        settings |= {"iterations": 8, "amplitude": 0.05}  # gradients in each
     return sc.plan(module, method, data=data(model).calibration, keep_scores=True, **budget, **settings)
 
 
