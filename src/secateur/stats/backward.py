@@ -203,8 +203,9 @@ class _Chain:
 
     def bypassed(self) -> str:
         """Why the last block's state is not all that the loss sees of the blocks; empty if it is."""
+        state = self._recorded[1][0]
         with self._outside():
-            found = self._head(self.batches[0], self._recorded[1][0])
+            found = self._head(self.batches[0], state)
         if found[-1] is None:
             return f"the loss does not depend on the last block, '{self.names[-1]}'"
         early = [name for name, gradient in zip(self.names[:-1], found[:-1], strict=True) if gradient is not None]
