@@ -37,6 +37,8 @@ def suits(method: Method, model: str) -> bool:
         return model != "digits-mlp"
     if method.units is UnitKind.HEAD:
         return zoo.get(model).pretrained
+    if method.units is UnitKind.EMBEDDING:  # a residual stream between norms and linear layers
+        return "llama" in model
     return method.units is not UnitKind.BLOCK or zoo.get(model).pretrained
 
 

@@ -16,6 +16,8 @@ from secateur.core.units import UnitKind
 from secateur.shrink.biases import add_biases_, blank_bias, given_biases
 from secateur.shrink.cut import structured, tensors_of
 from secateur.shrink.depth import Undo, blocks_of, kept_list, remove_blocks_
+from secateur.shrink.rotate import rebuild_
+from secateur.shrink.shortcuts import NAME as SHORTCUT
 from secateur.shrink.verify import cut_
 
 M = TypeVar("M", bound=nn.Module)
@@ -61,10 +63,17 @@ def _check(model: nn.Module, plan: Plan, other_weights: bool) -> None:
         for place in site.occurrences:
             if place.parameter not in tensors:
                 raise PlanError(f"the plan cuts '{place.parameter}', which this model does not have")
-    for name, value in plan.weights.items():
+    added = {f"{one['host']}.{SHORTCUT}.weight" for one in plan.additions if one["kind"] == "shortcut"}
+    for name, value in ((name, value) for name, value in plan.weights.items() if name not in added):
         shape = list((tensors[name] if name in tensors else blank_bias(model, name)).shape)
-        if list(value.shape) != shape:
+        if list(value.shape) != shape and not plan.additions:  # with additions, weights come at new sizes
             raise PlanError(f"the plan gives '{name}' values {list(value.shape)}, it is {shape} in this model")
+
+
+def _rebuilt(model: nn.Module, plan: Plan) -> Undo:
+    undo, attributes = rebuild_(model, plan.weights, plan.additions)
+    plan.attributes = tuple(attributes)
+    return undo
 
 
 def _copied(tensor: Tensor) -> Undo:
@@ -108,6 +117,10 @@ def masked(
     originals = []
     undo: list[Undo] = []
     try:
+        if plan.additions:
+            undo.append(_rebuilt(model, plan))
+            yield model
+            return
         undo.append(add_biases_(model, given_biases(plan)))
         for _, parameter, value in changed_weights(model, plan):
             originals.append((parameter, parameter.data))
@@ -144,6 +157,9 @@ def apply_(model: M, plan: Plan, other_weights: bool = False, *, example: Any = 
             masked one; nothing was changed.
     """
     _check(model, plan, other_weights)
+    if plan.additions:
+        _rebuilt(model, plan)
+        return model
     undo = [add_biases_(model, given_biases(plan))]
     with torch.no_grad():
         for _, tensor, value in changed_weights(model, plan):

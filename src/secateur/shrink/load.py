@@ -18,6 +18,7 @@ from secateur.shrink.biases import add_biases_
 from secateur.shrink.cut import AttributeChange, set_attributes
 from secateur.shrink.depth import remove_blocks_
 from secateur.shrink.folder import BUFFERS, CARD, CONFIG, OWN, WEIGHTS, check_weights, quiet_transformers, read_config
+from secateur.shrink.shortcuts import attach
 
 TRUSTED = "secateur.zoo."
 
@@ -80,11 +81,12 @@ def replay(module: nn.Module, folder: Path) -> bool:
         try:
             for stack, keep in step.get("blocks", {}).items():
                 remove_blocks_(module, stack, keep)
+            attach(module, step.get("additions", ()))
             add_biases_(module, step.get("biases", ()))
             if "cut" in step:
                 set_attributes(module, [AttributeChange(**change) for change in step["cut"]])
                 resize = True
-        except (PlanError, TypeError) as error:
+        except (PlanError, TypeError, AttributeError, KeyError) as error:
             raise ModelError(
                 f"the model that '{folder}' is built from does not fit what was removed: {error}"
             ) from error
@@ -125,10 +127,12 @@ def load_uneven(folder: Path) -> nn.Module:
     """
     card = read_config(folder / OWN, CARD)
     shapes, attributes, added = card.get("shapes", {}), card.get("attributes", []), card.get("added", {})
+    additions = card.get("additions", [])
 
     def cut_again(plain: type) -> type:
         def build(self: Any, *args: Any, **kwargs: Any) -> None:
             plain.__init__(self, *args, **kwargs)  # type: ignore[misc]
+            attach(self, additions)
             set_attributes(self, [AttributeChange(**change) for change in attributes])
             resized(self, shapes)
             add_biases_(self, added)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-MODULE = "modeling_cut"
+from secateur.shrink import shortcuts
+
+MODULE, SHORTCUTS = "modeling_cut", "modeling_shortcuts"
 
 TEMPLATE = '''"""{name} with layers of uneven widths: the plain class, resized and given biases as `CUT` says."""
 
@@ -17,7 +20,7 @@ import json
 
 import torch
 from transformers import {name}
-
+{imports}
 CUT = json.loads({cut!r})
 
 
@@ -26,7 +29,7 @@ class Cut{name}({name}):
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        for change in CUT["attributes"]:
+        {additions}for change in CUT["attributes"]:
             owner = self.get_submodule(change["module"])
             if change["on_config"] is not None:
                 owner = getattr(owner, change["on_config"])
@@ -61,13 +64,19 @@ def write_model_code(folder: Path, name: str, card: Mapping[str, Any], buffers: 
         folder: a saved transformers folder.
         name: the original class.
         card: its `attributes` are what changed, its `shapes` the parameters whose shape is not what the config
-            builds, its `added` the parameters that the config does not build.
+            builds, its `added` the parameters that the config does not build, its `additions` what
+            `shortcuts.attach` puts in.
         buffers: cut buffers that no weight file holds, with their values.
     """
-    changes = {key: card[key] for key in ("attributes", "shapes", "added")}
+    changes = {key: card[key] for key in ("attributes", "shapes", "added", "additions")}
     values = {key: tensor.tolist() for key, tensor in buffers.items()}
     cut = json.dumps(changes | {"buffers": values}, sort_keys=True)
-    (folder / f"{MODULE}.py").write_text(TEMPLATE.format(name=name, cut=cut), encoding="utf-8")
+    imports, additions = "", ""
+    if card["additions"]:
+        shutil.copyfile(shortcuts.__file__, folder / f"{SHORTCUTS}.py")
+        imports, additions = f"from .{SHORTCUTS} import attach\n", 'attach(self, CUT["additions"])\n        '
+    code = TEMPLATE.format(name=name, cut=cut, imports=imports, additions=additions)
+    (folder / f"{MODULE}.py").write_text(code, encoding="utf-8")
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["auto_map"] = {"AutoModel": f"{MODULE}.Cut{name}", auto_class(name): f"{MODULE}.Cut{name}"}

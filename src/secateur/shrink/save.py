@@ -25,6 +25,7 @@ from secateur.shrink.folder import BUFFERS, CARD, OWN, WEIGHTS, carry_companions
 from secateur.shrink.layout import plain_config, runtimes
 from secateur.shrink.load import layout_of_folder, load, read_tensors, steps_of
 from secateur.shrink.remote import write_model_code
+from secateur.shrink.shortcuts import additions_of, attach
 from secateur.shrink.verify import difference, float_tensors
 
 TOLERANCE = 1e-5
@@ -102,14 +103,15 @@ def _card(model: nn.Module, plan: Plan | None, source: str | Path | None, factor
         "class": type(model).__name__,
         "factory": factory,
         "steps": steps,
-        "layout": "uneven" if any({"cut", "biases"} & step.keys() for step in steps) else "plain",
+        "layout": "uneven" if any({"cut", "biases", "additions"} & step.keys() for step in steps) else "plain",
         "versions": versions(),
     }
 
 
 def _steps(plan: Plan) -> list[dict[str, Any]]:
     """What a loader must do to a fresh module, in order."""
-    found: list[dict[str, Any]] = [{"biases": given}] if (given := given_biases(plan)) else []
+    found: list[dict[str, Any]] = [{"additions": list(plan.additions)}] if plan.additions else []
+    found += [{"biases": given}] if (given := given_biases(plan)) else []
     found += [{"cut": list(plan.attributes)}] if structured(plan) else []
     now = {name: kept_list(plan.masks[name]) for name, site in plan.sites.items() if site.kind is UnitKind.BLOCK}
     return [*found, {"blocks": now}] if now else found
@@ -136,10 +138,11 @@ def _save_transformers(
     origin = Path(source or model.name_or_path or "")
     was_uneven = str(origin) != "." and origin.is_dir() and layout_of_folder(origin) == "uneven"
     changed = plan is not None and bool(structured(plan) or given_biases(plan))
-    if not (changed or was_uneven):
+    additions = additions_of(model)
+    if not (changed or was_uneven or additions):
         _save_pretrained(model, folder, plan, source)
         return "plain"
-    config = plain_config(model, plan) if plan is not None and changed and not was_uneven else None
+    config = plain_config(model, plan) if plan is not None and changed and not (was_uneven or additions) else None
     if config is not None:
         dense, model.config = model.config, config
         try:
@@ -150,6 +153,8 @@ def _save_transformers(
     _save_pretrained(model, folder, plan, source)
     with torch.device("meta"):
         fresh = type(model)(model.config)
+    attach(fresh, additions)
+    card["additions"] = additions
     card["shapes"] = _odd_shapes(model, fresh)
     card["attributes"] = [change.to_json() for change in odd_attributes(model, fresh)]
     card["added"] = _added(model, fresh)
