@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from secateur.shrink.fuse import fuse_ as fuse_
     from secateur.shrink.load import load as load
     from secateur.shrink.save import save as save
+    from secateur.streaming import folder_perplexity as folder_perplexity
+    from secateur.streaming import prune_folder as prune_folder
     from secateur.train.compute import plan_compute as plan_compute
     from secateur.train.keep import MaskKeeper as MaskKeeper
     from secateur.train.loop import Fitting as Fitting
@@ -71,6 +73,7 @@ _HOMES = {
     "compensate": "recover.bias",
     "export": "shrink.export",
     "fit_scaling_law": "measure.scaling_law",
+    "folder_perplexity": "streaming",
     "fuse_": "shrink.fuse",
     "hf_callback": "callbacks",
     "lightning_callback": "callbacks",
@@ -82,6 +85,7 @@ _HOMES = {
     "plan": "api",
     "plan_compute": "train.compute",
     "prune": "lab.prune",
+    "prune_folder": "streaming",
     "save": "shrink.save",
     "sparsify": "api",
     "study": "api",

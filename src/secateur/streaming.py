@@ -8,8 +8,9 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from secateur.core.budget import Budget
 from secateur.core.distributed import several, share
 from secateur.core.errors import DataError, ModelError, OutputError, SettingsError
 from secateur.core.files import check_free, read_json, write_json
+from secateur.core.fingerprint import describe
 from secateur.core.journal import Journal
 from secateur.core.method import Batch, Decision, Method, Settings, Task
 from secateur.core.plan import Plan, Provenance, versions
@@ -49,7 +51,7 @@ class Finished:
         folder: the result.
         plan: the decision; masks are those of the folder's plan.
         seconds: for every block visited by this process, in order, with what was between visits.
-        peak_bytes: largest resident memory of this process so far.
+        peak_bytes: largest resident memory of this process until the decision was made.
     """
 
     folder: Path
@@ -139,6 +141,7 @@ def prune_folder(
     dtype: torch.dtype | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    extend: Callable[[Path, Plan], None] | None = None,
     **settings: Any,
 ) -> Finished:
     """Prune a decoder's folder into a new one, with one block's weights in memory at a time.
@@ -165,6 +168,7 @@ def prune_folder(
         dtype: of the weights while blocks are run; default: as stored. The result has the stored dtype.
         force: replace an existing result.
         progress: receives progress; silent by default.
+        extend: called with the temporary folder and the plan before the folder gets its name, to add more files.
         **settings: the method's own settings.
 
     Raises:
@@ -195,16 +199,28 @@ def prune_folder(
         decision = entry.run(task, checked)
     plan = job.plan(decision, task)
     api.refuse_empty(plan, wanted, decision)
+    peak = peak_resident()
     if rank == 0:
-        writer = Writer(opened.checkpoint, plan, decision.weights)
         save_streamed(
-            opened.model, out, plan, writer, structure=decision.structure, source=source, force=force, progress=timed
+            opened.model,
+            out,
+            plan,
+            Writer(opened.checkpoint, plan, decision.weights),
+            structure=decision.structure,
+            source=source,
+            force=force,
+            progress=timed,
+            extend=None if extend is None else partial(_extended, extend, plan),
         )
     if several():
         dist.barrier()
     if rank == 0:
         shutil.rmtree(place, ignore_errors=True)
-    return Finished(out, plan, timed.seconds, peak_resident())
+    return Finished(out, plan, timed.seconds, peak)
+
+
+def _extended(extend: Callable[[Path, Plan], None], plan: Plan, folder: Path) -> None:
+    extend(folder, plan)
 
 
 @dataclass(frozen=True)
@@ -275,6 +291,7 @@ class _Job:
             provenance=(origin,),
             warnings=(*decision.warnings, *((NEW_WEIGHTS,) if decision.weights else ())),
             facts=decision.facts,
+            planned_on={name: f"{describe(value)} meta" for name, value in self.opened.model.named_parameters()},
             example=describe_example(task.example) if self.method.structured else None,
         )
 

@@ -75,6 +75,10 @@ def prune(
     device: Device = "cpu",
     dtype: Dtype = None,
     trust_factory: Trust = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="one block of a folder's weights in memory at a time; resumes after a kill")
+    ] = False,
+    spill: Annotated[bool, typer.Option("--spill", help="with --stream: activations on disk only")] = False,
     dry_run: Annotated[bool, typer.Option(help="show the plan, write nothing")] = False,
     verify: Annotated[bool, typer.Option(help="reload the result and compare its outputs before keeping it")] = True,
     force: Force = False,
@@ -91,6 +95,8 @@ def prune(
     `secateur prune zoo:digits-resnet --method global-magnitude --sparsity 0.9 --recover finetune --out small`
 
     `secateur prune ./my-llama --method sparsegpt --pattern 2:4 --data text.jsonl --out my-llama-2-4`
+
+    `secateur prune ./larger-than-memory --method wanda --sparsity 0.5 --data text.jsonl --out half --stream`
 
     `secateur prune mynets:make --weights w.safetensors --method taylor --sparsity 0.8 --data photos/ --out net`
     """
@@ -123,7 +129,7 @@ def prune(
         "verify": verify,
         "force": force,
     }
-    commands.prune(request, out, dry_run, json)
+    commands.prune(request, out, json=json, dry_run=dry_run, stream=stream, spill=spill)
 
 
 # what commands that train have in common; None where a flag is not given, so that a file can say it

@@ -21,6 +21,7 @@ from secateur.io.data import open_data
 from secateur.io.models import OpenedModel, open_model
 from secateur.lab import inspect as inspection
 from secateur.lab import prune as job
+from secateur.lab import stream as streams
 from secateur.lab import study as studies
 from secateur.lab import train as sparse_training
 from secateur.lab.reproduce import Report, Scale, run_check
@@ -48,9 +49,16 @@ def find_plan(place: Path) -> Plan:
     raise PlanError(f"'{place}' holds no plan: neither {DOCUMENT} nor {OWN}/{DOCUMENT} is there")
 
 
-def prune(request: Mapping[str, Any], out: Path | None, dry_run: bool, json: bool) -> None:
+def prune(
+    request: Mapping[str, Any], out: Path | None, *, json: bool, dry_run: bool, stream: bool, spill: bool
+) -> None:
     """Run the main job, or only its plan."""
     asked = job.Job(**request)
+    if spill and not stream:
+        raise SettingsError("--spill goes with --stream")
+    if stream:
+        _prune_streamed(asked, out, json, dry_run, spill)
+        return
     with Bars() as progress:
         if dry_run:
             plan = job.make_plan(job.prepare(asked), progress)
@@ -67,6 +75,28 @@ def prune(request: Mapping[str, Any], out: Path | None, dry_run: bool, json: boo
     else:
         assert out is not None
         _print_result(record, out)
+
+
+def _prune_streamed(asked: job.Job, out: Path | None, json: bool, dry_run: bool, spill: bool) -> None:
+    """The main job on a folder whose weights are not loaded as a whole."""
+    if dry_run or out is None:
+        raise OutputError("--stream writes a folder: give --out DIR, without --dry-run")
+    with Bars() as progress:
+        found = streams.prune_streamed(asked, out, spill=spill, progress=progress)
+    if json:
+        figures = {key: value for key, value in vars(found).items() if key != "record"}
+        record = found.record.model_dump(mode="json") if found.record else None
+        show.as_json({"out": str(out), "report": str(out / job.PAGE) if record else None, "record": record, **figures})
+        return
+    if found.record is not None or found.perplexity_after is None:
+        _print_result(found.record, out, "")
+    else:
+        show.say(f"perplexity, block by block: {found.perplexity_before:.4g} -> {found.perplexity_after:.4g}")
+        show.say(f"saved in {out}")
+        show.say(_loads(out))
+    blocks = found.seconds_per_block
+    pace = f", {min(blocks):.1f} to {max(blocks):.1f} s per block" if blocks else ""
+    show.say(f"peak memory {found.peak_bytes / 2**30:.2f} GiB{pace}")
 
 
 def train(config: Path | None, flags: Mapping[str, Any], out: Path | None, json: bool) -> None:
@@ -126,14 +156,14 @@ def _print_plan(plan: Plan, json: bool) -> None:
     show.warn(plan.warnings)
 
 
-def _print_result(record: Record | None, out: Path) -> None:
+def _print_result(record: Record | None, out: Path, how: str = ", reloaded and compared") -> None:
     if record is None:
         show.say(f"saved in {out}; without data nothing could be measured, so there is no report (add --data)")
         show.say(_loads(out))
         return
     show.table(record.title, ["", "before", "after"], result_rows(record))
     show.warn(record.warnings)
-    show.say(f"saved in {out}, reloaded and compared; report: {out / job.PAGE}")
+    show.say(f"saved in {out}{how}; report: {out / job.PAGE}")
     show.say(_loads(out))
 
 
