@@ -157,3 +157,60 @@ def sequences() -> Tensor:
     scaled = np.clip(source * 2.0 ** rng.randint(-3, 2, WIDTH), -63, 63)
     scaled[..., -5:] = 0
     return torch.from_numpy(np.round(scaled).astype(np.float32))
+
+
+# GBLM-Pruner: masks from given gradient tables over `Decoder`, and the tables of a small Llama
+GBLM = {
+    "half": ({"sparsity": 0.5}, {}),
+    "sixty": ({"sparsity": 0.6}, {}),
+    "two_of_four": ({"pattern": "2:4"}, {}),
+    "four_of_eight": ({"pattern": "4:8"}, {}),
+    "variant": ({"sparsity": 0.5}, {"variant": True}),
+    "inverse": ({"sparsity": 0.5}, {"inverse": True}),
+    "gradient": ({"sparsity": 0.5}, {"mode": "gradient"}),
+    "gradient_two_of_four": ({"pattern": "2:4"}, {"mode": "gradient"}),
+    "gradient_inverse": ({"sparsity": 0.5}, {"mode": "gradient", "inverse": True}),
+}
+GRADIENT_SEQUENCES = 5
+
+
+def tables(model: nn.Module) -> dict[str, Tensor]:
+    """A made-up gradient table for every weight in the blocks: distinct in each row, exact in float16, from 1 up.
+
+    About as large as the activation term, so that neither decides alone.
+    """
+    found = {}
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        rng = np.random.RandomState(500 + number)
+        rows, columns = parameter.shape
+        drawn = np.stack([rng.permutation(1920)[:columns] for _ in range(rows)]) + 128
+        found[name] = torch.from_numpy(drawn.astype(np.float32) / 16)
+    return found
+
+
+def gradient_model() -> nn.Module:
+    """A Llama of two blocks with queries that share keys, strong random weights, without dropout."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = LlamaForCausalLM(config).eval()
+    rng = np.random.RandomState(88)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.from_numpy(rng.standard_normal(tuple(parameter.shape)) * 0.2))
+    return model
+
+
+def gradient_ids() -> Tensor:
+    """`[sequences, length]` token ids."""
+    return torch.from_numpy(np.random.RandomState(89).randint(0, 40, (GRADIENT_SEQUENCES, 12)).astype(np.int64))

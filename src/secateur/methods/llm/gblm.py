@@ -144,7 +144,7 @@ class Terms:
         weight = score.magnitude(self.W)
         first = activation if settings.mode is Mode.GBLM else weight
         if settings.inverse:
-            return first / (self.G + TINY), []
+            return first * (1 / (self.G + TINY)), []
         gradient = weight * self.G
         return activation + gradient if settings.mode is Mode.GBLM else gradient, []
 
