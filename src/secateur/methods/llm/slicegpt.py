@@ -46,7 +46,7 @@ from secateur.stats.residual import Branch
 from secateur.stats.walker import BlockVisit, each_block
 
 SECTION = "slicegpt"
-VERIFIED = {torch.float64: 1e-9, torch.float32: 1e-3}  # relative: a rotated model rounds elsewhere
+VERIFIED = {torch.float64: 1e-4, torch.float32: 1e-3}  # relative: a rotated model rounds elsewhere
 VERIFIED_HALF = 0.2
 
 
