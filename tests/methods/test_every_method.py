@@ -32,8 +32,11 @@ ROWS = [(method, model) for method in METHODS for model in zoo.names()]
 
 
 def suits(method: Method, model: str) -> bool:
-    """Whole blocks can be taken from, and compared in, stacks that keep their shape; heads go from any stack."""
-    if method.units is UnitKind.HEAD and Criterion.SIMILARITY not in method.tags.criterion:
+    """Whole blocks can be taken from, and compared in, stacks that keep their shape; heads go from any stack.
+
+    What units send is looked at where one layer of a block reads them.
+    """
+    if method.units is UnitKind.HEAD and not {Criterion.SIMILARITY, Criterion.ACTIVATION} & method.tags.criterion:
         return model != "digits-mlp"
     if method.units is UnitKind.HEAD:
         return zoo.get(model).pretrained
@@ -63,8 +66,10 @@ def plan_on(module: nn.Module, method: str, model: str, **budget: object) -> Pla
     settings: dict[str, object] = {"multiple": 1} if METHODS[method].structured else {}  # exact counts
     if "resolution" in METHODS[method].settings.model_fields:
         settings["resolution"] = 5  # a forward pass for each layer and step
-    if "iterations" in METHODS[method].settings.model_fields:
+    if "amplitude" in METHODS[method].settings.model_fields:
         settings |= {"iterations": 8, "amplitude": 0.05}  # gradients in each
+    if "offspring" in METHODS[method].settings.model_fields:
+        settings |= {"iterations": 2, "generations": 2, "offspring": 4}  # a forward pass for each candidate
     return sc.plan(module, method, data=data(model).calibration, keep_scores=True, **budget, **settings)
 
 

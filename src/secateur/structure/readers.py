@@ -78,8 +78,8 @@ def readers(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, Reader]:
         if len(own) != 1:
             who = ", ".join(sorted({place.parameter for place in own})) or "no layer that this method knows"
             raise ModelError(
-                f"'{name}' is read by {who}; this method needs exactly one linear layer that reads the units, "
-                f"exclude it (--exclude '{name.partition(':')[0]}')"
+                f"'{name}' is read by {who}; this method needs exactly one linear layer that reads the units, as in "
+                f"the blocks of transformers; exclude it (--exclude '{name.partition(':')[0]}')"
             )
         layout = layouts[own[0].parameter]
         assert layout is not None  # or it would not be one of its own
