@@ -34,7 +34,7 @@ from secateur.data.example import describe_example, example_for
 from secateur.measure.quality import Quality
 from secateur.measure.streamed import streamed_perplexity
 from secateur.shrink.checkpoint import Checkpoint
-from secateur.shrink.folder import CONFIG
+from secateur.shrink.folder import CONFIG, OWN
 from secateur.shrink.load import layout_of_folder
 from secateur.shrink.resident import Streamed, skeleton
 from secateur.shrink.stream import Writer, check_space, save_streamed
@@ -49,15 +49,18 @@ class Finished:
 
     Attributes:
         folder: the result.
-        plan: the decision; masks are those of the folder's plan.
         seconds: for every block visited by this process, in order, with what was between visits.
         peak_bytes: largest resident memory of this process until the decision was made.
     """
 
     folder: Path
-    plan: Plan
     seconds: list[float]
     peak_bytes: int
+
+    @property
+    def plan(self) -> Plan:
+        """The decision, read from the folder."""
+        return Plan.load(self.folder / OWN)
 
 
 class _Timed:
@@ -216,7 +219,7 @@ def prune_folder(
         dist.barrier()
     if rank == 0:
         shutil.rmtree(place, ignore_errors=True)
-    return Finished(out, plan, timed.seconds, peak)
+    return Finished(out, timed.seconds, peak)
 
 
 def _extended(extend: Callable[[Path, Plan], None], plan: Plan, folder: Path) -> None:
@@ -275,6 +278,8 @@ class _Job:
     def plan(self, decision: Decision, task: Task) -> Plan:
         """The decision with where it came from; masks stay where they are."""
         order = self.order()
+        # what is not in the checkpoint is small: biases of layers that had none
+        added = {name: decision.weights[name] for name in decision.weights if not self.opened.checkpoint.has(name)}
         origin = Provenance(
             method=self.method.name,
             settings=order["settings"],
@@ -289,7 +294,8 @@ class _Job:
             masks=decision.masks,
             scores=dict(decision.scores),
             provenance=(origin,),
-            warnings=(*decision.warnings, *((NEW_WEIGHTS,) if decision.weights else ())),
+            weights=added,
+            warnings=(*decision.warnings, *((NEW_WEIGHTS,) if len(decision.weights) > len(added) else ())),
             facts=decision.facts,
             planned_on={name: f"{describe(value)} meta" for name, value in self.opened.model.named_parameters()},
             example=describe_example(task.example) if self.method.structured else None,

@@ -21,6 +21,7 @@ from secateur.core.plan import Plan
 from secateur.core.progress import Progress, Silent, track
 from secateur.core.shards import shapes_of, write_shard
 from secateur.core.units import UnitKind
+from secateur.shrink.biases import add_biases_, given_biases
 from secateur.shrink.checkpoint import Checkpoint
 from secateur.shrink.cut import install, make_cut, removed_indices, smaller, structured
 from secateur.shrink.depth import kept_list, remove_blocks_
@@ -65,6 +66,7 @@ def cut_skeleton(model: nn.Module, plan: Plan, structure: Structure | None) -> d
     Returns:
         Name of every stored tensor of the result -> its name in the dense model.
     """
+    add_biases_(model, given_biases(plan))
     if structured(plan):
         assert structure is not None
         cut = make_cut(model, plan, structure)
