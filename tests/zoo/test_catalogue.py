@@ -7,12 +7,12 @@ import pytest
 from secateur import zoo
 from secateur.core.errors import UnknownNameError
 
-NAMES = ["digits-mlp", "digits-resnet", "digits-vit", "pydoc-llama", "pydoc-llama-gqa"]
+NAMES = ["digits-mlp", "digits-resnet", "digits-vit", "pydoc-llama", "pydoc-llama-gqa", "skills-llama"]
 
 
-def test_names_are_the_five_models_in_order():
+def test_names_are_the_models_in_order():
     assert zoo.names() == NAMES
-    assert zoo.data_names() == ["digits", "pydoc"]
+    assert zoo.data_names() == ["digits", "pydoc", "skills"]
 
 
 @pytest.mark.parametrize("spelling", ["digits-mlp", "zoo:digits-mlp", "zoo:digits_mlp", " Digits-MLP "])

@@ -1,9 +1,12 @@
+import re
+
 import pytest
 import torch
 
 from secateur import zoo
 from secateur.core.errors import DataError
 from secateur.data.dataset import DataKind
+from secateur.data.skills import unbalanced
 from secateur.zoo.text import corpus, held_out_text, random_windows, tokens, training_text
 
 
@@ -63,6 +66,25 @@ def test_calibration_windows_come_from_the_training_text():
     assert first.calibration.inputs.shape == (64, 96)
     assert all(bytes(row).decode() in training_text() for row in first.calibration.inputs.tolist())
     assert first.calibration.digest == again.calibration.digest != other.calibration.digest
+
+
+def test_skill_windows_are_lines_of_all_kinds_and_evaluation_is_fixed():
+    first, again, other = (zoo.load_data("skills", seed=seed) for seed in (0, 0, 1))
+    assert first.calibration.digest == again.calibration.digest != other.calibration.digest
+    assert first.evaluation.digest == other.evaluation.digest
+    assert (first.calibration.inputs.shape, first.evaluation.inputs.shape) == ((64, 96), (160, 96))
+    lines = [line for row in first.evaluation.inputs.tolist() for line in bytes(row).decode().split("\n")[:-1]]
+    arithmetic, brackets, copies, sentences = (
+        [line for line in lines if re.match(pattern, line)]
+        for pattern in (r"\d", r"[(\[{]", r"([a-z]+)>\1$", r"\w+ \w+ the")
+    )
+    assert len(arithmetic) + len(brackets) + len(copies) + len(sentences) == len(lines)
+    assert len(arithmetic) / len(lines) == pytest.approx(0.4, abs=0.1)
+    assert len(brackets) / len(lines) == pytest.approx(0.25, abs=0.1)
+    assert not any(unbalanced(line) for line in brackets)
+    assert zoo.load_data("skills", samples=3, length=20).calibration.inputs.shape == (3, 20)
+    with pytest.raises(DataError, match="got length=1"):
+        zoo.load_data("skills", length=1)
 
 
 def test_samples_and_length_are_obeyed():

@@ -7,12 +7,14 @@ import torch
 
 from secateur import zoo
 from secateur.core.errors import ModelError
+from secateur.measure import tasks
 from secateur.zoo.catalogue import WEIGHTS
 from secateur.zoo.loading import load_from
 from secateur.zoo.text import corpus
 
 NAMES = zoo.names()
 LLAMAS = [name for name in NAMES if name.startswith("pydoc")]
+SKILLS = "skills-llama"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -40,6 +42,7 @@ def test_quality_is_the_card_s(name):
         ("digits-vit", "accuracy", 0.96, 1),
         ("pydoc-llama", "perplexity", 3.9, 4.3),
         ("pydoc-llama-gqa", "perplexity", 3.9, 4.4),
+        (SKILLS, "perplexity", 1.8, 2.0),
     ],
 )
 def test_cards_promise_enough(name, key, low, high):
@@ -61,7 +64,7 @@ def test_files_are_small_and_never_pickles(name):
     files = [path for path in zoo.folder(name).rglob("*") if path.is_file()]
     assert WEIGHTS in {path.name for path in files}
     assert {path.suffix for path in files} <= {".json", ".safetensors"}
-    assert max(path.stat().st_size for path in files) < 2_000_000
+    assert max(path.stat().st_size for path in files) < 3_000_000
 
 
 @pytest.mark.parametrize("name", LLAMAS)
@@ -97,6 +100,29 @@ def test_llama_generates_with_plain_transformers(name):
     prompt = AutoTokenizer.from_pretrained(folder)("The ", return_tensors="pt")
     out = model.generate(**prompt, max_new_tokens=8, do_sample=False)
     assert out.shape == (1, 12)
+
+
+def test_the_model_of_skills_has_them():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(zoo.folder(SKILLS))
+    found = tasks.abilities(zoo.load_model(SKILLS), tokenizer, tasks.battery(50, seed=11))
+    assert found.results.keys() == {"labels", "digits", "copying", "brackets", "arithmetic"}
+    for name, result in found.results.items():
+        assert result.accuracy > 0.9, name
+        assert all(response.stopped for response in result.responses), name
+
+
+def test_the_model_of_skills_is_stored_in_half_precision_and_its_tokenizer_ends_lines():
+    from safetensors import safe_open
+    from transformers import AutoTokenizer, GenerationConfig
+
+    with safe_open(zoo.folder(SKILLS) / WEIGHTS, framework="pt") as file:
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}  # noqa: SIM118
+    tokenizer = AutoTokenizer.from_pretrained(zoo.folder(SKILLS))
+    assert tokenizer.eos_token_id == GenerationConfig.from_pretrained(zoo.folder(SKILLS)).eos_token_id == ord("\n")
+    assert tokenizer("3+4>\n")["input_ids"] == list(b"3+4>\n")
+    assert tokenizer.decode(list(b"3+4>\nx")) == "3+4>\nx"
 
 
 def test_grouped_heads_are_really_shared():

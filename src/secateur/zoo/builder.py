@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.core.errors import SettingsError
 from secateur.core.files import check_free, whole_folder, write_json
@@ -21,6 +21,7 @@ from secateur.zoo.catalogue import CARD, WEIGHTS, Recipe, ZooModel, ZooTask, get
 from secateur.zoo.grading import quality
 from secateur.zoo.language import write_tokenizer
 from secateur.zoo.loading import make, no_bars
+from secateur.zoo.skills import END
 from secateur.zoo.sources import data_digest, load_data
 from secateur.zoo.training import train
 from secateur.zoo.vision import digits_processor
@@ -63,6 +64,8 @@ def build(
     with _threads(recipe.threads), seeded(seed):
         model = make(entry)
         train(model, entry, recipe, seed, progress or Silent())
+        if entry.half:
+            model.half().float()  # the card is to say how good the stored weights are
         result = quality(model, load_data(entry.data).evaluation)
     with whole_folder(out, force) as temporary:
         write_model(model, entry, temporary)
@@ -88,11 +91,16 @@ def write_model(model: nn.Module, entry: ZooModel, path: Path) -> None:
         return
     save: Any = model.save_pretrained  # torch types unknown attributes of a module as tensors
     with no_bars():
-        save(path)
+        save(path, state_dict=halves(model)) if entry.half else save(path)
     if entry.task is ZooTask.LANGUAGE:
-        write_tokenizer(path)
+        write_tokenizer(path, END if entry.data == "skills" else None)
     else:
         write_json(path / "preprocessor_config.json", digits_processor())
+
+
+def halves(model: nn.Module) -> dict[str, Tensor]:
+    """The state as it is stored: float16."""
+    return {key: value.half() for key, value in model.state_dict().items()}
 
 
 def describe(model: nn.Module, entry: ZooModel, recipe: Recipe, seed: int, result: dict[str, float]) -> dict[str, Any]:

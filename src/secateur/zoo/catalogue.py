@@ -12,7 +12,7 @@ from secateur.core.files import read_json
 
 PREFIX = "zoo:"
 CARD, WEIGHTS = "card.json", "model.safetensors"
-DATA = ("digits", "pydoc")
+DATA = ("digits", "pydoc", "skills")
 
 
 class ZooTask(StrEnum):
@@ -65,6 +65,7 @@ class ZooModel:
         factory: `module:function` that makes it untrained; takes no arguments.
         recipe: how it is trained.
         pretrained: whether its folder is a Hugging Face folder; otherwise factory + safetensors.
+        half: whether its weights are stored, and so rounded, as float16.
     """
 
     name: str
@@ -74,6 +75,7 @@ class ZooModel:
     factory: str
     recipe: Recipe
     pretrained: bool = False
+    half: bool = False
 
 
 _VISION, _LANGUAGE = "secateur.zoo.vision", "secateur.zoo.language"
@@ -122,6 +124,18 @@ MODELS = (
         factory=f"{_LANGUAGE}:pydoc_llama_gqa",
         recipe=_LLAMA_RECIPE,
         pretrained=True,
+    ),
+    ZooModel(
+        name="skills-llama",
+        title="Llama, 8 layers of width 128, that labels sentences, calculates in steps, closes brackets and copies",
+        task=ZooTask.LANGUAGE,
+        data="skills",
+        factory=f"{_LANGUAGE}:skills_llama",
+        recipe=Recipe(
+            "adamw", 1400, 16, 2e-3, warmup=100, floor=0.05, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0, threads=1
+        ),
+        pretrained=True,
+        half=True,
     ),
 )
 

@@ -1,4 +1,4 @@
-"""Untrained character models of the pydoc text, and their tokenizer: the id of a character is its ASCII code."""
+"""Untrained character models of the zoo's texts, and their tokenizer: the id of a character is its ASCII code."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from secateur.core.files import write_json
+from secateur.zoo.skills import END
 from secateur.zoo.text import WINDOW
 
 CHARACTERS = 128
@@ -42,10 +43,35 @@ def pydoc_llama_gqa() -> nn.Module:
     return _llama(2)
 
 
-def write_tokenizer(folder: Path) -> None:
+def skills_llama() -> nn.Module:
+    """A `LlamaForCausalLM` of 8 layers, width 128, feed-forward 256, 4 heads, untied; a line's end stops it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=CHARACTERS,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=WINDOW,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=ord(END),
+        pad_token_id=None,
+    )
+    model: nn.Module = LlamaForCausalLM(config)
+    return model
+
+
+def write_tokenizer(folder: Path, end: str | None = None) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json` for `AutoTokenizer`.
 
-    One token a character, id = ASCII code, no special tokens. A character outside ASCII becomes `?`.
+    One token a character, id = ASCII code. A character outside ASCII becomes `?`.
+
+    Args:
+        folder: where.
+        end: the character that is the end token; without one there are no special tokens.
     """
     from tokenizers import Tokenizer
     from tokenizers.decoders import Fuse
@@ -61,5 +87,6 @@ def write_tokenizer(folder: Path) -> None:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],
+            **({} if end is None else {"eos_token": end}),
         },
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -58,7 +59,7 @@ def _from_pretrained(entry: ZooModel, path: Path) -> nn.Module:
 
     auto = AutoModelForCausalLM if entry.task is ZooTask.LANGUAGE else AutoModelForImageClassification
     with no_bars():
-        model: nn.Module = auto.from_pretrained(path, local_files_only=True)
+        model: nn.Module = auto.from_pretrained(path, local_files_only=True, dtype=torch.float32)
     return model
 
 

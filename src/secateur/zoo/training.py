@@ -16,6 +16,7 @@ from secateur.core.seeding import generator
 from secateur.data.batches import task_loss
 from secateur.zoo.catalogue import Recipe, ZooModel
 from secateur.zoo.digits import digits
+from secateur.zoo.skills import skill_windows
 from secateur.zoo.text import WINDOW, random_windows, tokens, training_text
 
 
@@ -54,6 +55,16 @@ def text_batches(recipe: Recipe, seed: int) -> Iterator[Batch]:
         yield Batch((random_windows(stream, recipe.batch, WINDOW, rng),))
 
 
+def skill_batches(recipe: Recipe, seed: int) -> Iterator[Batch]:
+    """Endless batches of windows of 96 characters that are filled with new lines."""
+    rng = generator(seed, "zoo", "batches")
+    while True:
+        yield Batch((skill_windows(recipe.batch, WINDOW, rng),))
+
+
+BATCHES = {"pydoc": text_batches, "digits": image_batches, "skills": skill_batches}
+
+
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """SGD with momentum or AdamW, as the recipe says.
 
@@ -69,7 +80,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 def train(model: nn.Module, entry: ZooModel, recipe: Recipe, seed: int, progress: Progress) -> None:
     """Train `model` in place by `recipe` (the entry's own or a shortened one); leaves it in eval mode."""
-    batches = text_batches(recipe, seed) if entry.data == "pydoc" else image_batches(recipe, seed)
+    batches = BATCHES[entry.data](recipe, seed)
     optimizer = make_optimizer(model, recipe)
     model.train()
     for step in track(range(recipe.steps), progress, f"train {entry.name}"):
