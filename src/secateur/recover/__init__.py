@@ -6,8 +6,9 @@ from secateur.core.errors import UnknownNameError
 from secateur.recover.batchnorm import recovery as _batchnorm
 from secateur.recover.finetune import recovery as _finetune
 from secateur.recover.recovery import Recovery, Request
+from secateur.recover.self_generated import recovery as _self_generated
 
-RECOVERIES: dict[str, Recovery] = {entry.name: entry for entry in (_batchnorm, _finetune)}
+RECOVERIES: dict[str, Recovery] = {entry.name: entry for entry in (_batchnorm, _finetune, _self_generated)}
 
 
 def find(name: str) -> Recovery:

@@ -24,6 +24,7 @@ class Request:
         data: training samples.
         seed: of the data order.
         progress: where to report.
+        dense: the model before pruning, for recoveries that learn from it.
     """
 
     model: nn.Module
@@ -31,6 +32,7 @@ class Request:
     data: Dataset
     seed: int
     progress: Progress
+    dense: nn.Module | None = None
 
 
 @dataclass(frozen=True)
