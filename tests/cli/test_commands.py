@@ -21,6 +21,7 @@ COMMANDS = [
     ["prune"],
     ["train"],
     ["study"],
+    ["compare"],
     ["inspect"],
     ["methods"],
     ["show"],

@@ -449,6 +449,25 @@ def reproduce(
     commands.reproduce(name, seeds, scale, out, keep, json)
 
 
+@app.command()
+def compare(
+    file: Annotated[Path, typer.Argument(help="a YAML file: model, data, and rows of methods and budgets")],
+    seeds: Annotated[int | None, typer.Option(help="seeds of calibration; default: the file's", min=1)] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for NAME.md and NAME.json", metavar="DIR")] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="folder for finished rows; a killed run goes on", metavar="DIR")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Many methods on one model: same data, same budgets, several seeds, one table.
+
+    `secateur compare rows.yaml --keep rows --out tables`
+    """
+    from secateur.cli import commands
+
+    commands.compare(file, seeds, out, keep, json=json)
+
+
 @zoo_app.command("list")
 def zoo_list(json: Json = False) -> None:
     """Shipped models with their quality and size.

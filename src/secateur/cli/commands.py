@@ -12,6 +12,7 @@ from secateur.cli import show, structure
 from secateur.cli.progress import Bars
 from secateur.core import catalogue
 from secateur.core.errors import DataError, OutputError, PlanError, SettingsError, UnknownNameError
+from secateur.core.files import write_json
 from secateur.core.method import Batch
 from secateur.core.plan import DOCUMENT, Plan
 from secateur.core.tags import axes
@@ -19,6 +20,7 @@ from secateur.data.probe import probe_for
 from secateur.data.running import resized
 from secateur.io.data import open_data
 from secateur.io.models import OpenedModel, open_model
+from secateur.lab import compare as comparison
 from secateur.lab import inspect as inspection
 from secateur.lab import prune as job
 from secateur.lab import stream as streams
@@ -130,6 +132,25 @@ def study(config: Path | None, flags: Mapping[str, Any], out: Path | None, json:
         show.say(f"{name}: {_cell(value)}")
     show.warn(found.warnings)
     show.say(f"saved in {out}; the whole table: {out / OWN / studies.FINDINGS}")
+
+
+def compare(file: Path, seeds: int | None, out: Path | None, keep: Path | None, *, json: bool) -> None:
+    """Run a comparison, or the rows of it that are not there yet."""
+    asked = comparison.read_comparison(file)
+    asked = asked if seeds is None else asked.model_copy(update={"seeds": seeds})
+    with Bars() as progress:
+        results = comparison.compare(asked, keep, progress)
+    rows = [result.model_dump(mode="json") for result in results]
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        put(comparison.markdown(asked, results), out / f"{file.stem}.md")
+        write_json(out / f"{file.stem}.json", {"asked": asked.model_dump(mode="json"), "rows": rows})
+    if json:
+        show.as_json(rows)
+        return
+    columns = ["method", "budget", "amount", "value", "recovered", "parameters", "nonzeros", "prefill", "decode"]
+    show.table(asked.model, columns, [[_cell(row[name]) for name in columns] for row in rows if not row["error"]])
+    show.warn([f"{row['method']} at {row['budget']} {row['amount']}: {row['error']}" for row in rows if row["error"]])
 
 
 def _is_plain(rows: Sequence[Mapping[str, Any]], name: str) -> bool:

@@ -1,0 +1,305 @@
+"""Many methods on one model: same calibration data, same budgets, several seeds, one table; resumable.
+
+A comparison is a YAML file:
+
+    model: ./my-llama
+    data: wikitext2/?length=256&limit=120
+    samples: 64
+    dtype: float32
+    include: ["model.layers*"]
+    rows:
+      - {methods: [wanda, sparsegpt, random], sparsity: [0.5, 0.6]}
+      - {methods: [cfsp, amp], blocks: [0.2, 0.4]}             # share of the blocks' parameters that goes
+      - {methods: [shortgpt], sparsity: [0.2], recover: "finetune:steps=200"}
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+
+from secateur import api, recover
+from secateur.core.budget import Budget, Pattern, Quantity
+from secateur.core.errors import SecateurError, SettingsError
+from secateur.core.progress import Progress, Silent, track
+from secateur.data.dataset import Splits
+from secateur.io.data import open_data
+from secateur.io.models import OpenedModel, open_model
+from secateur.measure import interval, nonzeros, parameters, quality, quality_interval
+from secateur.measure.decoding import decoding
+from secateur.recover import Request
+from secateur.shrink.apply import apply_
+from secateur.structure.stacks import main_stack
+from secateur.train.study import Ledger
+
+
+class Rows(BaseModel):
+    """Methods and budgets, each combined with each."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    methods: tuple[str, ...]
+    sparsity: tuple[float, ...] = ()
+    pattern: tuple[str, ...] = ()
+    parameters: tuple[float, ...] = ()
+    blocks: tuple[float, ...] = Field((), description="share of the parameters inside the blocks that goes")
+    settings: dict[str, Any] = Field(default_factory=dict)
+    recover: str = Field("", description="a recovery and its settings; the row is measured before and after it")
+    label: str = Field("", description="added to the method's name in the table")
+
+    def budgets(self) -> list[tuple[str, float | str]]:
+        """(what is counted, amount)."""
+        kinds = ("sparsity", "pattern", "parameters", "blocks")
+        return [(kind, amount) for kind in kinds for amount in getattr(self, kind)]
+
+
+class Comparison(BaseModel):
+    """Everything a comparison was asked for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    data: str
+    samples: int = 64
+    dtype: str | None = None
+    include: tuple[str, ...] = ("*",)
+    seeds: int = 3
+    speed: bool = True
+    rows: tuple[Rows, ...]
+
+
+def read_comparison(file: Path) -> Comparison:
+    """A comparison from its YAML file; relative paths in it are relative to the current folder.
+
+    Raises:
+        SettingsError: it cannot be read, or a field is wrong; names it.
+    """
+    try:
+        return Comparison(**yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, TypeError) as error:
+        raise SettingsError(f"'{file}' is no comparison: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise SettingsError(f"'{file}', field '{place}': {first['msg']}") from None
+
+
+class Result(BaseModel):
+    """One row of the table: means over the seeds.
+
+    Attributes:
+        method, budget, amount: what was asked for.
+        value: of the metric; one per seed in `values`, `interval` over the seeds (Student's t).
+        sampling: interval over the evaluation's samples, of the first seed.
+        parameters, nonzeros: what is left.
+        prefill, decode: speed over the dense model's, measured side by side; None where shapes are the dense ones.
+        recovered: the metric after the row's recovery.
+        error: why there is no result.
+    """
+
+    method: str
+    budget: str
+    amount: float | str
+    value: float | None = None
+    values: list[float] = Field(default_factory=list)
+    interval: tuple[float, float] | None = None
+    sampling: tuple[float, float] | None = None
+    parameters: int | None = None
+    nonzeros: int | None = None
+    prefill: float | None = None
+    decode: float | None = None
+    recovered: float | None = None
+    error: str | None = None
+
+
+def compare(asked: Comparison, keep: Path | None = None, progress: Progress | None = None) -> list[Result]:
+    """Run every row with every seed; what is in `keep` is not run again.
+
+    Returns:
+        The dense model's row first, then one for every method and budget. A row whose method refuses its budget
+        says so instead of stopping the others.
+    """
+    progress = progress or Silent()
+    for rows in asked.rows:
+        for name in rows.methods:
+            api.find_method(name).configure(rows.settings)
+        _recovery_of(rows)
+    bench = _Bench(asked, Ledger(keep, asked.model_dump(mode="json", exclude={"rows", "seeds"})), progress)
+    cases = [(rows, name, *budget) for rows in asked.rows for name in rows.methods for budget in rows.budgets()]
+    results = [bench.dense()]
+    for rows, name, kind, amount in track(cases, progress, "comparison"):
+        results.append(bench.row(rows, name, kind, amount))
+    return results
+
+
+class _Bench:
+    """The model, opened once; its data, drawn once a seed."""
+
+    def __init__(self, asked: Comparison, ledger: Ledger, progress: Progress):
+        self.asked, self.ledger, self.progress = asked, ledger, progress
+        self.opened: OpenedModel = open_model(asked.model, dtype=asked.dtype)
+        self._splits: dict[int, Splits] = {}
+
+    def splits(self, seed: int) -> Splits:
+        """Calibration drawn by the seed; the evaluation is always the same."""
+        if seed not in self._splits:
+            self._splits[seed] = open_data(self.asked.data, self.opened, seed, self.asked.samples)
+        return self._splits[seed]
+
+    def dense(self) -> Result:
+        """The unpruned model."""
+        found = self.ledger.once("dense", lambda: self._measured(self.opened.model))
+        return Result(
+            method="dense",
+            budget="sparsity",
+            amount=0.0,
+            value=found["value"],
+            values=[found["value"]],
+            sampling=tuple(found["sampling"]) if found["sampling"] else None,
+            parameters=found["parameters"],
+            nonzeros=found["nonzeros"],
+        )
+
+    def row(self, rows: Rows, name: str, kind: str, amount: float | str) -> Result:
+        """One method at one budget."""
+        shown = f"{name} {rows.label}".strip()
+        found = []
+        for seed in range(self.asked.seeds):
+            key = "-".join([shown, kind, str(amount), str(seed)]).replace("/", "_").replace(" ", "_").replace(":", "_")
+
+            def run(seed: int = seed) -> dict[str, Any]:
+                return self._run(rows, name, kind, amount, seed)
+
+            found.append(self.ledger.once(key, run))
+        error = next((one["error"] for one in found if one.get("error")), None)
+        if error is not None:
+            return Result(method=shown, budget=kind, amount=amount, error=error)
+        values = [one["value"] for one in found]
+        ends = interval(values)
+        recovered = [one["recovered"] for one in found if one.get("recovered") is not None]
+        first = found[0]
+        return Result(
+            method=shown,
+            budget=kind,
+            amount=amount,
+            value=mean(values),
+            values=values,
+            interval=(ends.low, ends.high) if ends else None,
+            sampling=tuple(first["sampling"]) if first["sampling"] else None,
+            parameters=round(mean(one["parameters"] for one in found)),
+            nonzeros=round(mean(one["nonzeros"] for one in found)),
+            prefill=first.get("prefill"),
+            decode=first.get("decode"),
+            recovered=mean(recovered) if recovered else None,
+        )
+
+    def _run(self, rows: Rows, name: str, kind: str, amount: float | str, seed: int) -> dict[str, Any]:
+        """Prune a copy and measure it; what a method refuses becomes the row's result."""
+        model, splits = copy.deepcopy(self.opened.model), self.splits(seed)
+        try:
+            plan = api.plan(
+                model,
+                name,
+                budget=self._budget(kind, amount),
+                data=splits.calibration,
+                seed=seed,
+                include=self.asked.include,
+                source=self.asked.model,
+                **rows.settings,
+            )
+            apply_(model, plan)
+        except SecateurError as error:
+            return {"error": str(error)}
+        found = self._measured(model)
+        if seed == 0 and self.asked.speed and parameters(model) < parameters(self.opened.model):
+            times = decoding({"dense": self.opened.model, "pruned": model}, progress=self.progress)
+            found["prefill"] = times["pruned"].prefill / times["dense"].prefill
+            found["decode"] = times["pruned"].decode / times["dense"].decode
+        recovery = _recovery_of(rows)
+        if recovery is not None:
+            way, settings = recovery
+            training = open_data(self.asked.data, self.opened, seed, 4096).calibration
+            way.run(Request(model, plan, training, seed, self.progress, self.opened.model), settings)
+            found["recovered"] = self._measured(model)["value"]
+        return found
+
+    def _measured(self, model: nn.Module) -> dict[str, Any]:
+        found = quality(model, self.splits(0).evaluation, progress=self.progress)
+        ends = quality_interval(found)
+        return {
+            "value": found.value,
+            "sampling": [ends.low, ends.high] if ends else None,
+            "parameters": parameters(model),
+            "nonzeros": nonzeros(model),
+        }
+
+    def _budget(self, kind: str, amount: float | str) -> Budget:
+        if kind == "pattern":
+            return Budget.nm(Pattern.parse(str(amount)))
+        number = float(amount)
+        if kind == "parameters":
+            return Budget(number, Quantity.PARAMETERS)
+        if kind == "blocks":
+            stack = main_stack(self.opened.model)
+            inside = sum(p.numel() for block in stack.blocks for p in block.parameters())
+            return Budget(1 - number * inside / parameters(self.opened.model), Quantity.PARAMETERS)
+        return Budget(number)
+
+
+def _recovery_of(rows: Rows) -> tuple[Any, Any] | None:
+    if not rows.recover:
+        return None
+    name, _, words = rows.recover.partition(":")
+    way = recover.find(name)
+    pairs = dict(word.split("=", 1) for word in words.split(",") if "=" in word)
+    return way, way.configure(pairs)
+
+
+def markdown(asked: Comparison, results: list[Result]) -> str:
+    """The table as a page."""
+    columns = ["method", "budget", "metric", "over seeds", "over samples", "after recovery", "parameters", "non-zeros"]
+    columns += ["prefill", "decode"]
+    lines = [
+        f"# {asked.model}",
+        "",
+        f"Data {asked.data}, {asked.samples} calibration samples, {asked.seeds} seeds of calibration; mean over the "
+        "seeds, Student's t interval (95 %) over the seeds, bootstrap interval over the evaluation's samples (first "
+        "seed). Speed is relative to the dense model, measured side by side in one process.",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|" + "---|" * len(columns),
+    ]
+    return "\n".join([*lines, *(_line(one) for one in results)]) + "\n"
+
+
+def _line(one: Result) -> str:
+    amount = one.amount if isinstance(one.amount, str) else f"{one.amount:g}"
+    if one.error is not None:
+        return f"| {one.method} | {one.budget} {amount} | refused: {one.error} | | | | | | | |"
+    cells = [one.method, f"{one.budget} {amount}", _number(one.value), _ends(one.interval), _ends(one.sampling)]
+    cells += [
+        _number(one.recovered),
+        f"{one.parameters:,}",
+        f"{one.nonzeros:,}",
+        _times(one.prefill),
+        _times(one.decode),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _ends(ends: tuple[float, float] | None) -> str:
+    return "" if ends is None else f"{ends[0]:.4g} to {ends[1]:.4g}"
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"

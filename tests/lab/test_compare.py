@@ -1,0 +1,130 @@
+import json
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from secateur.cli.app import app
+from secateur.core.errors import SettingsError, UnknownNameError
+from secateur.lab import compare as lab
+from secateur.lab.compare import Comparison, compare, markdown, read_comparison
+
+ASKED = {
+    "model": "zoo:pydoc-llama",
+    "data": "zoo:pydoc",
+    "samples": 4,
+    "include": ["model.layers*"],
+    "seeds": 2,
+    "speed": False,
+    "rows": [
+        {"methods": ["wanda", "random"], "sparsity": [0.5], "pattern": ["2:4"]},
+        {"methods": ["group_random"], "blocks": [0.25], "settings": {"multiple": 1}},
+        {"methods": ["shortgpt"], "sparsity": [0.25, 0.1]},
+    ],
+}
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Only a few evaluation windows."""
+    from secateur.data.dataset import Splits
+    from secateur.io.data import open_data
+
+    def short(*args):
+        found = open_data(*args)
+        return Splits(found.calibration, found.evaluation.take(__import__("torch").arange(4)))
+
+    monkeypatch.setattr(lab, "open_data", short)
+
+
+@pytest.fixture
+def table(few):
+    return compare(Comparison(**ASKED))
+
+
+def test_every_method_and_budget_has_a_row_with_its_seeds(table):
+    by = {(one.method, one.budget, one.amount): one for one in table}
+    assert len(by) == len(table) == 1 + 4 + 1 + 2
+    dense = by["dense", "sparsity", 0.0]
+    wanda, chance = by["wanda", "sparsity", 0.5], by["random", "sparsity", 0.5]
+    assert dense.value < wanda.value < chance.value
+    assert len(wanda.values) == 2
+    assert wanda.values[0] != wanda.values[1]  # other calibration samples
+    assert wanda.interval[0] < wanda.value < wanda.interval[1]
+    assert wanda.sampling[0] < wanda.values[0] < wanda.sampling[1]
+    assert wanda.parameters == dense.parameters
+    assert wanda.nonzeros < 0.6 * dense.nonzeros
+
+
+def test_blocks_is_a_share_of_the_blocks_parameters(table):
+    from secateur import zoo
+    from secateur.measure import parameters
+    from secateur.structure.stacks import main_stack
+
+    model = zoo.load_model("pydoc-llama")
+    inside = sum(p.numel() for block in main_stack(model).blocks for p in block.parameters())
+    (row,) = [one for one in table if one.budget == "blocks"]
+    assert parameters(model) - row.parameters == pytest.approx(0.25 * inside, rel=0.05)
+
+
+def test_what_a_method_refuses_becomes_its_row(table):
+    bad = [one for one in table if one.error]
+    assert [(one.method, one.amount) for one in bad] == [("shortgpt", 0.1)]
+    assert "reachable" in bad[0].error
+    assert "refused: " in markdown(Comparison(**ASKED), table)
+
+
+def test_finished_rows_are_not_run_again(few, tmp_path, monkeypatch):
+    asked = Comparison(**ASKED | {"rows": ASKED["rows"][:1], "seeds": 1})
+    first = compare(asked, tmp_path / "keep")
+
+    def never(*args, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr(lab.api, "plan", never)
+    assert compare(asked, tmp_path / "keep") == first
+    with pytest.raises(SettingsError, match="samples"):
+        compare(asked.model_copy(update={"samples": 5}), tmp_path / "keep")
+
+
+def test_speed_and_recovery_are_measured_where_asked_for(few):
+    rows = [{"methods": ["shortgpt"], "sparsity": [0.25], "recover": "finetune:steps=2"}]
+    (_, row) = compare(Comparison(**ASKED | {"rows": rows, "seeds": 1, "speed": True}))
+    assert row.prefill > 0
+    assert row.decode > 0
+    assert row.recovered != row.value
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"rows": [{"methods": ["wanda"], "sparsty": [0.5]}]}, "field 'rows.0.sparsty'"),
+        ({"model": None}, "field 'model'"),
+        ({"rows": [{"methods": ["wanda"], "sparsity": ["much"]}]}, "field 'rows.0.sparsity.0'"),
+    ],
+)
+def test_a_wrong_field_is_named(tmp_path, change, match):
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(ASKED | change))
+    with pytest.raises(SettingsError, match=match):
+        read_comparison(tmp_path / "a.yaml")
+
+
+def test_unknown_names_are_refused_before_anything_runs(tmp_path):
+    rows = [{"methods": ["wonda"], "sparsity": [0.5]}]
+    with pytest.raises(UnknownNameError, match="wanda"):
+        compare(Comparison(**ASKED | {"rows": rows}))
+    rows = [{"methods": ["wanda"], "sparsity": [0.5], "settings": {"compair": "row"}}]
+    with pytest.raises(UnknownNameError, match="compare"):
+        compare(Comparison(**ASKED | {"rows": rows}))
+
+
+def test_the_command_writes_a_page_and_data(few, tmp_path):
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(ASKED | {"rows": ASKED["rows"][:1]}))
+    words = ["compare", str(tmp_path / "small.yaml"), "--seeds", "1", "--out", str(tmp_path / "out")]
+    ran = CliRunner().invoke(app, words)
+    assert ran.exit_code == 0, ran.output
+    assert "wanda" in ran.output
+    found = json.loads((tmp_path / "out" / "small.json").read_text())
+    assert found["asked"]["seeds"] == 1
+    assert len(found["rows"]) == 5
+    assert (tmp_path / "out" / "small.md").read_text().count("| wanda |") == 2
