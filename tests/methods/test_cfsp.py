@@ -223,6 +223,7 @@ def test_single_sites_get_their_own_share():
     made = plan(llama(), 0.5, shares="model.layers.1.mlp.gate_proj=0.25")
     assert made.kept(NEURONS.format(1)) == 18
     assert made.kept(NEURONS.format(0)) + made.kept(NEURONS.format(2)) == 24
+    assert widths(plan(llama(), 0.5, shares="*=0.25")) == [18, 18, 18]
 
 
 def test_uneven_widths_save_and_reload(tmp_path):

@@ -134,6 +134,8 @@ def counts(work: Work, importance: Mapping[str, float], settings: CFSPSettings, 
     """Kept neurons of every site when `share` of all goes."""
     fixed = dict(work.widths.fixed)
     sizes = {name: site.units for name, site in work.sites.items() if name not in fixed}
+    if not sizes:
+        return fixed
     weights = sigmoid({name: importance[name] for name in sizes}, settings.slope)
     densities = proportional(weights, sizes, 1 - share)
     if settings.multiple > 1:
