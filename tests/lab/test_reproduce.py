@@ -19,6 +19,7 @@ SLOW = {
     "channel_norm",
     "global_magnitude",
     "grasp",
+    "layer_limits",
     "random",
     "rd",
     "snip",
