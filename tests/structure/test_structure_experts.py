@@ -99,6 +99,9 @@ def test_cut_experts_are_experts_that_are_never_chosen(name, kept, tmp_path):
     plan = random_plan(structure, kept)
     expected = never_chosen(copy.deepcopy(model), plan)
     assert {structure.minimums.get(site) for site in plan.sites} == {2}
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    cut_(model, plan, BATCH)()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     cut_(model, plan, BATCH)
     found = model(IDS).logits
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

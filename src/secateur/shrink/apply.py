@@ -14,7 +14,7 @@ from secateur.core.fingerprint import digests
 from secateur.core.plan import Plan
 from secateur.core.units import UnitKind
 from secateur.shrink.biases import add_biases_, blank_bias, given_biases
-from secateur.shrink.cut import structured, tensors_of
+from secateur.shrink.cut import AttributeChange, structured, tensors_of
 from secateur.shrink.depth import Undo, blocks_of, kept_list, remove_blocks_
 from secateur.shrink.rotate import rebuild_
 from secateur.shrink.shortcuts import NAME as SHORTCUT
@@ -64,6 +64,7 @@ def _check(model: nn.Module, plan: Plan, other_weights: bool) -> None:
             if place.parameter not in tensors:
                 raise PlanError(f"the plan cuts '{place.parameter}', which this model does not have")
     added = {f"{one['host']}.{SHORTCUT}.weight" for one in plan.additions if one["kind"] == "shortcut"}
+    added |= {f"{one['gate']}.map" for one in plan.additions if one["kind"] == "experts" and one["mapped"]}
     for name, value in ((name, value) for name, value in plan.weights.items() if name not in added):
         shape = list((tensors[name] if name in tensors else blank_bias(model, name)).shape)
         if list(value.shape) != shape and not plan.additions:  # with additions, weights come at new sizes
@@ -72,7 +73,9 @@ def _check(model: nn.Module, plan: Plan, other_weights: bool) -> None:
 
 def _rebuilt(model: nn.Module, plan: Plan) -> Undo:
     undo, attributes = rebuild_(model, plan.weights, plan.additions)
-    plan.attributes = tuple(attributes)
+    own = [one["attributes"] for one in plan.additions if one["kind"] == "experts" and not one["mapped"]]
+    counts = [AttributeChange(*change).to_json() for changes in own for change in changes]
+    plan.attributes = (*attributes, *counts)
     return undo
 
 

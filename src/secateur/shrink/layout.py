@@ -36,6 +36,9 @@ FIELDS: dict[UnitKind, tuple[str, ...]] = {
 """Kinds of unit -> the names that configs give to their number."""
 
 
+CHOSEN = "num_experts_per_tok"  # how many experts a token takes
+
+
 def plain_config(model: Any, plan: Plan) -> Any | None:
     """A config whose plain model has exactly the cut model's shapes and sizes; None if there is none.
 
@@ -55,6 +58,9 @@ def _candidates(config: Any, plan: Plan) -> Iterator[Any]:
     for part, dense in zip(_parts(changed), _parts(config), strict=True):
         for site in sites:
             _tell(part, dense, site, plan)
+        for addition in plan.additions:
+            if addition["kind"] == "experts" and hasattr(part, CHOSEN):
+                setattr(part, CHOSEN, addition["chosen"])
     yield changed
 
 

@@ -85,12 +85,15 @@ class _Masked(TorchFunctionMode):
         self.call = call
         if call not in self.found.results:
             return out
-        source = _shared(out, (*args, *kwargs.values()))
-        if source is None:
-            return self._silenced(func, out, self.found.results[call])
-        if source.untyped_storage().data_ptr() in self.raw:
+        if self._is_raw(out):  # a view of a parameter, or itself as `weight.float()` returns it
             return self._silenced(func, _copied(out), self.found.results[call])
+        if _shared(out, (*args, *kwargs.values())) is None:
+            return self._silenced(func, out, self.found.results[call])
         return out  # a view of what is silent already
+
+    def _is_raw(self, out: Any) -> bool:
+        first = out[0] if isinstance(out, (list, tuple)) and out else out
+        return isinstance(first, Tensor) and first.untyped_storage().data_ptr() in self.raw
 
     def _silent_parameter(self, item: Any) -> Any:
         """Parameters that are multiplied with each other lose their removed units first."""

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur.shrink import shortcuts
+from secateur.shrink import routers, shortcuts
 
-MODULE, SHORTCUTS = "modeling_cut", "modeling_shortcuts"
+MODULE, SHORTCUTS, ROUTERS = "modeling_cut", "modeling_shortcuts", "modeling_routers"
 
 TEMPLATE = '''"""{name} with layers of uneven widths: the plain class, resized and given biases as `CUT` says."""
 
@@ -73,7 +73,7 @@ def write_model_code(folder: Path, name: str, card: Mapping[str, Any], buffers: 
     cut = json.dumps(changes | {"buffers": values}, sort_keys=True)
     imports, additions = "", ""
     if card["additions"]:
-        shutil.copyfile(shortcuts.__file__, folder / f"{SHORTCUTS}.py")
+        _copy_modules(folder)
         imports, additions = f"from .{SHORTCUTS} import attach\n", 'attach(self, CUT["additions"])\n        '
     code = TEMPLATE.format(name=name, cut=cut, imports=imports, additions=additions)
     (folder / f"{MODULE}.py").write_text(code, encoding="utf-8")
@@ -81,6 +81,13 @@ def write_model_code(folder: Path, name: str, card: Mapping[str, Any], buffers: 
     config = json.loads(path.read_text(encoding="utf-8"))
     config["auto_map"] = {"AutoModel": f"{MODULE}.Cut{name}", auto_class(name): f"{MODULE}.Cut{name}"}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _copy_modules(folder: Path) -> None:
+    """What `attach` needs, importing each other in the folder."""
+    code = Path(shortcuts.__file__).read_text(encoding="utf-8").replace(routers.__name__, f".{ROUTERS}")
+    (folder / f"{SHORTCUTS}.py").write_text(code, encoding="utf-8")
+    shutil.copyfile(routers.__file__, folder / f"{ROUTERS}.py")
 
 
 def auto_class(name: str) -> str:

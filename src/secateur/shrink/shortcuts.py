@@ -2,8 +2,8 @@
 
 A pre-norm block computes h + f(norm(h)). When the stream h changes its basis between two additions, the
 block must compute h S + f(norm(h)). `Shortcut` does that inside the plain forward code: it notes what enters
-the norm and turns what is added from f into f + h S - h. This file needs torch alone, because saved folders
-carry a copy of it for users of `trust_remote_code`.
+the norm and turns what is added from f into f + h S - h. This file and `routers.py`, whose mapped routers are
+attached here too, need torch alone, because saved folders carry copies for users of `trust_remote_code`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from secateur.shrink.routers import MappedRouter, attach_experts
 
 Undo = Callable[[], None]
 NAME = "shortcut"  # of the submodule of the module whose output is added
@@ -101,7 +103,8 @@ def attach(model: nn.Module, additions: Iterable[dict[str, Any]]) -> Undo:
         additions: `{"kind": "norm", "module", "width", "eps"}` for a norm to be replaced by `RootMeanSquare`;
             `{"kind": "shortcut", "host", "norm", "block", "shape"}`, with the names of the module whose output is
             added, of the norm that the stream enters, and of the block if it returns a wider stream (else None);
-            `{"kind": "untied", "parameter"}` for a parameter that gets values of its own.
+            `{"kind": "untied", "parameter"}` for a parameter that gets values of its own; `{"kind": "experts", ...}`
+            for fewer experts and their router, see `routers.attach_experts`.
 
     Returns:
         A function that takes everything out again.
@@ -109,7 +112,7 @@ def attach(model: nn.Module, additions: Iterable[dict[str, Any]]) -> Undo:
     Raises:
         AttributeError: the model has no module or parameter of such a name.
     """
-    makers = {"norm": _attach_norm, "shortcut": _attach_shortcut, "untied": _untie}
+    makers = {"norm": _attach_norm, "shortcut": _attach_shortcut, "untied": _untie, "experts": attach_experts}
     undo: list[Undo] = []
 
     def put_back() -> None:
@@ -160,7 +163,7 @@ def _untie(model: nn.Module, addition: dict[str, Any]) -> list[Undo]:
 
 
 def additions_of(model: nn.Module) -> list[dict[str, Any]]:
-    """The norms and shortcuts that a model has, as `attach` wants them, under the names of now."""
+    """The norms, shortcuts and mapped routers that a model has, as `attach` wants them, under the names of now."""
     names = {id(module): name for name, module in model.named_modules()}
     norms: dict[int, str] = {}
     blocks: dict[int, str] = {}
@@ -169,6 +172,9 @@ def additions_of(model: nn.Module) -> list[dict[str, Any]]:
         blocks |= {id(owner): name for owner in _hooking(module._forward_hooks, "widen")}
     found: list[dict[str, Any]] = []
     for name, module in model.named_modules():
+        if isinstance(module, MappedRouter):
+            sizes = {"kept": module.kept, "chosen": module.chosen}
+            found.append({"kind": "experts", "gate": name, "members": "", **sizes, "mapped": True, "attributes": []})
         if isinstance(module, RootMeanSquare):
             found.append({"kind": "norm", "module": name, "width": module.width, "eps": module.eps})
     for module in model.modules():

@@ -1,0 +1,1 @@
+"""Experts of mixtures: which stay, and what the others leave to them."""
