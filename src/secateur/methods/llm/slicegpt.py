@@ -156,12 +156,12 @@ class Slicing:
     def decision(self, weights: Weights) -> Decision:
         """Everything at its new size; the mask says how many axes stay."""
         site, narrow = self.narrow.site(), self.narrow
-        kept = narrow.parameters(self.width) / sum(p.numel() for p in self.task.model.parameters())
+        count, dense = narrow.parameters(self.width), sum(p.numel() for p in self.task.model.parameters())
         return Decision(
             sites={site.name: site},
             masks={site.name: torch.arange(site.units) < self.width},
             weights=weights,
-            facts={site.name: {"width": self.width, "parameters_kept": round(kept, 6)}},
+            facts={site.name: {"parameters": count, "parameters_kept": round(count / dense, 6)}},
             warnings=[f"'{name}' was tied to the embeddings and got values of its own" for name in narrow.tied],
             additions=narrow.additions(self.width),
         )
