@@ -56,6 +56,8 @@ def test_the_variant_by_hand():
     assert keep[1].tolist() == [False] * 8 + [True] * 2
     assert not keep[0].any()
     assert cumulative_share(values, 0.0).all()
+    # out of reach: alpha ends at 0.8, and 80 of 100 are the first 9 (45), not the last
+    assert cumulative_share(values[1:], 0.99).tolist() == [[False] * 9 + [True]]
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.65])
