@@ -56,9 +56,13 @@ class Goal:
     cost: Callable[[Counts], float]
     target: float
 
+    def spent(self, counts: Counts) -> float:
+        """What these sites cost; others may be among the counts."""
+        return self.cost({name: counts[name] for name in self.sites})
+
     def met(self, counts: Counts) -> bool:
-        """Whether the counts cost no more."""
-        return self.cost(counts) <= self.target
+        """Whether that is no more than the target."""
+        return self.spent(counts) <= self.target
 
 
 def last_step(before: Counts, after: Counts, goal: Goal, multiples: Mapping[str, int]) -> Counts:

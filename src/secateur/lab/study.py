@@ -19,6 +19,8 @@ from secateur.data.dataset import Dataset
 from secateur.io.models import OpenedModel, open_model
 from secateur.lab.training import TrainingRequest, fresh_model, split, training_data
 from secateur.measure import quality
+from secateur.shrink.apply import apply_
+from secateur.shrink.cut import structured
 from secateur.shrink.folder import OWN
 from secateur.shrink.save import save
 from secateur.train.loop import Fitting
@@ -96,6 +98,8 @@ def _save(job: StudyJob, out: Path, opened: OpenedModel, test: Dataset, found: F
     final = found.state is not None and found.plan is not None
     if found.state is not None:
         put_back(opened.model, found.state)
+        if found.plan is not None and structured(found.plan):
+            apply_(opened.model, found.plan, verify=job.verify)
         found.summary["test"] = figures(opened.model.eval(), test)
     document: dict[str, Any] = {"job": job.model_dump(mode="json"), **found.to_json()}
     if final:

@@ -16,6 +16,8 @@ from secateur.data.running import device_of, evaluating
 from secateur.scores.blocks import cosine
 from secateur.stats.catching import Call, hidden_of, run_safely
 
+ROUNDING = 1e-12  # of a cosine: a block that does nothing must not differ from another one that does nothing
+
 
 class Distance(StrEnum):
     """How a token's state before a block is compared with its state behind it."""
@@ -28,7 +30,8 @@ class Distance(StrEnum):
 def distances(before: Tensor, after: Tensor, distance: Distance) -> Tensor:
     """One distance per token, `[tokens]`, float64."""
     if distance is Distance.COSINE:
-        return 1 - cosine(before, after)
+        angle = 1 - cosine(before, after)
+        return angle.masked_fill(angle < ROUNDING, 0.0)
     change = (after.double() - before.double()).flatten(0, -2)
     return change.norm(dim=-1) if distance is Distance.EUCLIDEAN else change.abs().sum(-1)
 

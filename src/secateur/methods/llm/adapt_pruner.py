@@ -227,7 +227,7 @@ class Adaptive:
             if not goal.met(least):
                 raise BudgetError(
                     f"{self.work.task.budget} is out of reach: the modules that may be cut allow "
-                    f"{goal.cost(least):.6g} to {goal.cost(own):.6g}, {goal.target:.6g} was asked for"
+                    f"{goal.spent(least):.6g} to {goal.spent(own):.6g}, {goal.target:.6g} was asked for"
                 )
 
     def refuse_unmet(self, counts: Counts, goals: list[Goal]) -> None:
@@ -236,8 +236,9 @@ class Adaptive:
         for goal in goals:
             if not goal.met(counts):
                 raise BudgetError(
-                    f"after all iterations {goal.cost(counts):.6g} is left where {goal.target:.6g} was asked for; raise "
-                    f"total (now {settings.total:g}), or lower the amplitude below total / iterations = {settings.step:g}"
+                    f"after all iterations {goal.spent(counts):.6g} is left where {goal.target:.6g} was asked for; "
+                    f"raise total (now {settings.total:g}), or lower the amplitude below total / iterations = "
+                    f"{settings.step:g}"
                 )
 
     def say_large_steps(self, start: Counts, before: Counts, after: Counts) -> None:
