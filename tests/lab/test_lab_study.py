@@ -7,8 +7,10 @@ import torch
 
 import secateur as sc
 from secateur.core.errors import BudgetError, ModelError, OutputError, SettingsError, UnknownNameError
+from secateur.io.data import open_data
 from secateur.io.models import open_model
-from secateur.lab.study import FINDINGS, StudyJob, maker, study
+from secateur.lab import training
+from secateur.lab.study import FINDINGS, StudyJob, figures, maker, study
 from secateur.train.loop import Fitting
 
 
@@ -69,6 +71,27 @@ def test_plasticity_leaves_a_table_and_no_network(tmp_path):
     assert findings(tmp_path / "out")["rows"] == found.rows
     assert [path.name for path in (tmp_path / "out" / "secateur").iterdir()] == [FINDINGS]
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_structured_study_saves_the_smaller_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "WINDOWS", 80)
+    asked = {
+        "model": "zoo:pydoc-llama",
+        "method": "adapt_pruner",
+        "sparsity": 0.5,
+        "pretrained": True,
+        "recipe": {"steps": 3, "lr": 1e-4, "batch": 8, "optimizer": "adamw", "decay": "wsd"},
+        "settings": {"stages": 2, "iterations": 8, "amplitude": 0.05, "samples": 16},
+    }
+    found = study(job(**asked), tmp_path / "small")
+    model = sc.load(tmp_path / "small")
+    assert sum(p.numel() for p in model.parameters()) == found.summary["parameters"]
+    assert found.summary["kept"] < 0.7
+    for name, keep in found.plan.masks.items():
+        if name.endswith("neuron"):
+            assert model.get_submodule(name.partition(":")[0]).out_features == int(keep.sum())
+    measured = figures(model, open_data("zoo:pydoc", open_model("zoo:pydoc-llama", None), 0).evaluation)
+    assert findings(tmp_path / "small")["summary"]["test"] == pytest.approx(measured)
 
 
 def test_trainings_start_from_new_or_from_trained_weights():
