@@ -14,10 +14,11 @@ has no part in the loss. One more float32 tensor per pruned weight is held (on d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -73,7 +74,10 @@ def plan(task: Task, settings: GBLMSettings) -> Decision:
     budget = task.budget.of(UnitKind.WEIGHT)
 
     def decide(layer: WeightLayer, stat: SecondMoment) -> Choice:
-        terms = Terms(layer.matrix, stat.value, norms[layer.name].to(layer.weight.device))
+        W = layer.matrix
+        # no table: one of several experts in one tensor; said below as for any layer without a gradient
+        G = norms[layer.name].to(W.device) if layer.name in norms else torch.zeros_like(W, dtype=torch.float32)
+        terms = Terms(W, stat.value, G)
         scores, warnings = terms.scores(settings, layer.name)
         keep = choose_in_layer(scores, budget, layer.name, variant=settings.variant)
         if keep.all() and budget.amount > 0:
@@ -87,7 +91,7 @@ def plan(task: Task, settings: GBLMSettings) -> Decision:
 
 
 @dataclass(frozen=True)
-class _Norms:
+class _Norms(Mapping[str, Tensor]):
     """Layer -> ||alpha * g||_p over samples, `[O, I]`, made when it is asked for."""
 
     sums: Mapping[str, Tensor]
@@ -97,6 +101,12 @@ class _Norms:
     def __getitem__(self, name: str) -> Tensor:
         value = self.sums[name]
         return self.factor * (value if self.p == 1 else value.sqrt())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sums)
+
+    def __len__(self) -> int:
+        return len(self.sums)
 
 
 def gradient_norms(task: Task, settings: GBLMSettings) -> _Norms:
