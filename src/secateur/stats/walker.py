@@ -29,6 +29,7 @@ from secateur.core.distributed import least
 from secateur.core.errors import DataError, ModelError
 from secateur.core.journal import Notes, Section, overlaid
 from secateur.core.method import Batch, Decision, Task
+from secateur.core.units import Site
 from secateur.data.running import device_of
 from secateur.stats.catching import (
     Call,
@@ -41,6 +42,7 @@ from secateur.stats.catching import (
 )
 from secateur.stats.listeners import Statistic
 from secateur.stats.lockstep import current, lockstep, wait
+from secateur.structure.fused import FusedPart, fused_sites, hearing, one_by_one, parts_of
 from secateur.structure.layers import WeightLayer
 from secateur.structure.sites import WeightLayers, weight_layers
 from secateur.structure.stacks import Stack, find_stacks, main_stack
@@ -140,6 +142,18 @@ class BlockVisit:
         prefix = f"{self.name}." if self.name else ""
         return {name: layer for name, layer in self._walk.found.layers.items() if name.startswith(prefix)}
 
+    @cached_property
+    def parts(self) -> dict[str, FusedPart]:
+        """The matrices of experts that share a tensor, by names like `model.layers.0.mlp.experts.down_proj[3]`.
+
+        Expert by expert, as they are run.
+        """
+        prefix = f"{self.name}." if self.name else ""
+        sites = [site for name, site in self._walk.fused.items() if name.startswith(prefix)]
+        found = [part for site in sites for part in parts_of(self._walk.model, site)]
+        found.sort(key=lambda part: (part.parameter.rpartition(".")[0], part.index))
+        return {part.name: part for part in found}
+
     def tensor(self, name: str) -> Tensor:
         """A parameter or buffer of this block by its qualified name, detached, on the device it is run on."""
         local = name.removeprefix(f"{self.name}.")
@@ -152,12 +166,13 @@ class BlockVisit:
 
         Args:
             factory: makes a layer's statistic from its number of inputs.
-            only: names of the layers to listen to; default all.
+            only: names of the layers, or of experts' matrices in `parts`, to listen to; default all layers.
 
         Raises:
             NumericsError: NaN or infinity among a layer's inputs.
         """
-        layers = {name: layer for name, layer in self.layers.items() if only is None or name in only}
+        known = self.layers if only is None else {**self.layers, **self.parts}
+        layers = {name: layer for name, layer in known.items() if only is None or name in only}
         listening = _Listening(factory)
 
         def never(points: Set[str]) -> str:
@@ -169,16 +184,27 @@ class BlockVisit:
         self._listen(layers, listening.take, run, never)
         return listening.complete(layers)
 
-    def sweep(self, factory: Callable[[int], S], decide: Callable[[WeightLayer, S], None]) -> None:
+    def sweep(
+        self, factory: Callable[[int], S], decide: Callable[[WeightLayer, S], None], experts: bool = False
+    ) -> list[FusedPart]:
         """One pass in which `decide(layer, statistic)` is called right before each layer runs.
 
         The batches run in lockstep: each stops before a layer until all have brought their inputs.
         Where they stop before different layers (experts), the first in module order is decided first.
+
+        Args:
+            factory: makes a layer's statistic from its number of inputs.
+            decide: may replace the layer's weight.
+            experts: the matrices in `parts` too.
+
+        Returns:
+            Experts' matrices that never ran, undecided; layers that never ran were decided last.
         """
         listening = _Listening(factory)
         decided: set[str] = set()
         reduced: set[int] = set()
-        order = {name: index for index, name in enumerate(self.layers)}
+        layers: dict[str, WeightLayer] = {**self.layers, **(self.parts if experts else {})}
+        order = {name: index for index, name in enumerate(layers)}
 
         def heard(layer: WeightLayer, x: Tensor, batch: _InBatch) -> None:
             if layer.name not in decided:
@@ -187,16 +213,17 @@ class BlockVisit:
 
         def release(points: Set[str]) -> str:
             name = min(points, key=order.__getitem__)
-            stat = listening.finish(name, self.layers[name], reduced)
+            stat = listening.finish(name, layers[name], reduced)
             decided.add(name)
-            decide(self.layers[name], stat)
+            decide(layers[name], stat)
             return name
 
-        outputs = self._listen(self.layers, heard, self._run, release)
+        outputs = self._listen(layers, heard, self._run, release)
         for name, layer in self.layers.items():
             if name not in decided:
                 decide(layer, factory(layer.site.matrix_shape[1]))
         self._keep(outputs)
+        return [part for name, part in self.parts.items() if name not in decided]
 
     def _listen(
         self,
@@ -212,8 +239,13 @@ class BlockVisit:
             batches[current()] = _InBatch(batch.samples)
             return run(self._flow.call(index))
 
+        def arrived(layer: WeightLayer, x: Tensor) -> None:
+            heard(layer, x, batches[current()])
+
         runs = [partial(started, index, batch) for index, batch in enumerate(self._walk.batches)]
-        with _hooked(layers, lambda layer, x: heard(layer, x, batches[current()])):
+        plain = {name: layer for name, layer in layers.items() if not isinstance(layer, FusedPart)}
+        parts = [layer for layer in layers.values() if isinstance(layer, FusedPart)]
+        with _hooked(plain, arrived), hearing(parts, arrived):
             return lockstep(runs, release)
 
     def capture(self, modules: Sequence[str] = (), *, dense: bool = False) -> Iterator[Captured]:
@@ -372,7 +404,7 @@ class BlockWalk:
         self.batches = [] if still else [batch.to(self.device) for batch in task.batches]
         with torch.no_grad():
             self.stacks = self._stacks()
-        self._undo: list[tuple[nn.Module, Tensor]] = []
+        self._undo: list[tuple[Tensor, Tensor]] = []
         self._no_grad = torch.no_grad()
         self._dense: dict[int, _Flow] = {}
 
@@ -388,16 +420,25 @@ class BlockWalk:
     def found(self) -> WeightLayers:
         """The prunable layers inside the blocks, and the reasons for the rest."""
         names = [name for walkable in self.stacks for name in walkable.stack.names]
-        return weight_layers(self.model, self.task.wants, within=names)
+        return weight_layers(self.model, self.task.wants, within=names, needed=not self.fused)
+
+    @cached_property
+    def fused(self) -> dict[str, Site]:
+        """The tensors inside the blocks that hold a matrix for each of several experts."""
+        names = [name for walkable in self.stacks for name in walkable.stack.names]
+        return fused_sites(self.model, self.task.wants, names)
 
     def __enter__(self) -> BlockWalk:
         self._no_grad.__enter__()
+        self._loops = one_by_one(self.model)
+        self._loops.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore()
+        self._loops.__exit__(None, None, None)
         self._no_grad.__exit__(kind, error, trace)
 
     def __iter__(self) -> Iterator[BlockVisit]:
@@ -487,14 +528,14 @@ class BlockWalk:
 
     def _dense_outputs(self, visit: BlockVisit) -> list[Tensor]:
         """What the block gives in the unpruned chain, with its own weights."""
-        replaced: list[tuple[nn.Module, Any]] = [(module, module.weight.data) for module, _ in self._undo]
-        for module, data in reversed(self._undo):
-            module.weight.data = data
+        replaced = [(parameter, parameter.data) for parameter, _ in self._undo]
+        for parameter, data in reversed(self._undo):
+            parameter.data = data
         try:
             return visit.outputs_from(self._dense[visit.index])
         finally:
-            for module, data in replaced:
-                module.weight.data = data
+            for parameter, data in replaced:
+                parameter.data = data
 
     def _inside(self, name: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.task.residency is None else self.task.residency.inside(name)
@@ -504,15 +545,25 @@ class BlockWalk:
 
     def substitute(self, layer: WeightLayer, matrix: Tensor) -> None:
         """Swap a layer's weight until the walk restores it."""
+        if isinstance(layer, FusedPart):
+            self._substitute_part(layer, matrix)
+            return
         parameter = layer.module.weight
         assert isinstance(parameter, Tensor)
-        self._undo.append((layer.module, parameter.data))
+        self._undo.append((parameter, parameter.data))
         parameter.data = layer.to_site(matrix).to(parameter.dtype)
+
+    def _substitute_part(self, part: FusedPart, matrix: Tensor) -> None:
+        whole = part.whole
+        if all(parameter is not whole for parameter, _ in self._undo):
+            self._undo.append((whole, whole.data))
+            whole.data = whole.data.clone()
+        whole.data[part.index] = matrix.to(whole.dtype)
 
     def _restore(self) -> None:
         while self._undo:
-            module, data = self._undo.pop()
-            module.weight.data = data
+            parameter, data = self._undo.pop()
+            parameter.data = data
 
 
 def each_block(
@@ -587,13 +638,16 @@ def layerwise(
     """
     section = task.journal.section(name)
     with BlockWalk(task, dense=dense, section=section) as walk:
-        sites = {layer.name: layer.site for layer in walk.found.layers.values()}
-        skipped = [f"'{name}' was not pruned: it {why}" for name, why in walk.found.skipped.items()]
+        sites = {layer.name: layer.site for layer in walk.found.layers.values()} | walk.fused
+        skipped = [
+            f"'{name}' was not pruned: it {why}" for name, why in walk.found.skipped.items() if name not in walk.fused
+        ]
         for visit in walk:
             _decide_layers(task, visit, factory, decide, one_pass)
+    masks = section.tensors("mask")
     return Decision(
-        sites=sites,
-        masks=overlaid(section.tensors("mask")),
+        sites={name: site for name, site in sites.items() if name in masks},
+        masks=overlaid(masks),
         weights=overlaid(section.tensors("weight")),
         scores=overlaid(section.tensors("scores")),
         facts=section.facts(),
@@ -608,23 +662,99 @@ def _decide_layers(
     decide: Callable[[WeightLayer, S], Choice],
     one_pass: bool,
 ) -> None:
-    notes = visit.notes
+    heard: set[str] = set()  # tensors of experts of which at least one expert was seen at work
+
+    def note(layer: WeightLayer, stat: S) -> Tensor:
+        """Decide about a layer, and give back its new matrix."""
+        if isinstance(layer, FusedPart) and stat.samples:
+            heard.add(layer.parameter)
+        choice = decide(layer, stat)
+        _note(task, visit.notes, layer, choice)
+        return layer.matrix * choice.keep if choice.weight is None else choice.weight
 
     def settle(layer: WeightLayer, stat: S) -> None:
-        choice = decide(layer, stat)
-        notes.tensors[f"mask/{layer.name}"] = layer.to_site(choice.keep)
-        if choice.weight is not None:
-            notes.tensors[f"weight/{layer.name}"] = layer.to_site(choice.weight)
-        if choice.scores is not None and task.keep_scores:
-            notes.tensors[f"scores/{layer.name}"] = layer.to_site(choice.scores)
-        if choice.facts:
-            notes.facts[layer.name] = dict(choice.facts)
-        notes.warnings += choice.warnings
-        visit.replace(layer, layer.matrix * choice.keep if choice.weight is None else choice.weight)
+        visit.replace(layer, note(layer, stat))
 
     if one_pass:
-        visit.sweep(factory, settle)
-        return
-    stats = visit.observe(factory)
-    for name, layer in visit.layers.items():
-        settle(layer, stats.pop(name))
+        for part in visit.sweep(factory, settle, experts=True):
+            if part.parameter in heard:
+                settle(part, factory(part.site.shape[1]))
+    else:
+        _observe_then_replace(visit, factory, note, heard)
+    _join_parts(visit, heard)
+
+
+def _observe_then_replace(
+    visit: BlockVisit, factory: Callable[[int], S], note: Callable[[WeightLayer, S], Tensor], heard: Set[str]
+) -> None:
+    """All statistics come from the block as it stands; experts are looked at a few at a time."""
+    known: dict[str, WeightLayer] = {**visit.layers, **visit.parts}
+    later: list[tuple[WeightLayer, Tensor]] = []
+    for names in [list(visit.layers), *_few_at_once(list(visit.parts.values()), factory)]:
+        stats = visit.observe(factory, only=names) if names else {}
+        later += [(known[name], note(known[name], stats.pop(name))) for name in names]
+    for layer, matrix in later:
+        if not isinstance(layer, FusedPart) or layer.parameter in heard:
+            visit.replace(layer, matrix)
+
+
+def _note(task: Task, notes: Notes, layer: WeightLayer, choice: Choice) -> None:
+    notes.tensors[f"mask/{layer.name}"] = layer.to_site(choice.keep)
+    if choice.weight is not None:
+        notes.tensors[f"weight/{layer.name}"] = layer.to_site(choice.weight)
+    if choice.scores is not None and task.keep_scores:
+        notes.tensors[f"scores/{layer.name}"] = layer.to_site(choice.scores)
+    if choice.facts:
+        notes.facts[layer.name] = dict(choice.facts)
+    notes.warnings += choice.warnings
+
+
+AT_ONCE = 1 << 30  # bytes of experts' statistics gathered in one pass
+
+
+def _few_at_once(parts: list[FusedPart], factory: Callable[[int], S]) -> Iterator[list[str]]:
+    """Names of experts' matrices in groups whose statistics fit into memory together."""
+    group: list[str] = []
+    held = 0
+    for part in parts:
+        size = _bytes_of(factory, part.site.shape[1])
+        if group and held + size > AT_ONCE:
+            yield group
+            group, held = [], 0
+        group.append(part.name)
+        held += size
+    if group:
+        yield group
+
+
+def _bytes_of(factory: Callable[[int], S], features: int) -> int:
+    with torch.device("meta"):
+        return sum(value.nbytes for value in vars(factory(features)).values() if isinstance(value, Tensor))
+
+
+def _join_parts(visit: BlockVisit, heard: Set[str]) -> None:
+    """Notes about every expert of a tensor become notes about the tensor."""
+    notes = visit.notes
+    for name in dict.fromkeys(part.parameter for part in visit.parts.values()):
+        own = [part for part in visit.parts.values() if part.parameter == name]
+        if name not in heard:
+            _forget(notes, own)
+            notes.warnings.append(f"'{name}' was not pruned: its code does not multiply with one matrix per expert")
+            continue
+        for kind in ("mask", "weight", "scores"):
+            found = [notes.tensors.pop(f"{kind}/{part.name}", None) for part in own]
+            if found[0] is not None:
+                notes.tensors[f"{kind}/{name}"] = torch.stack([one for one in found if one is not None])
+        for part in own:
+            for fact, value in notes.facts.pop(part.name, {}).items():
+                notes.facts.setdefault(name, {})[f"{fact}_{part.index}"] = value
+
+
+def _forget(notes: Notes, parts: Sequence[FusedPart]) -> None:
+    """Drop what was noted about experts that were never seen at work."""
+    for part in parts:
+        for kind in ("mask", "weight", "scores"):
+            notes.tensors.pop(f"{kind}/{part.name}", None)
+        notes.facts.pop(part.name, None)
+    names = tuple(f"layer '{part.name}'" for part in parts)
+    notes.warnings[:] = [sentence for sentence in notes.warnings if not sentence.startswith(names)]

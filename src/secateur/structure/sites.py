@@ -27,7 +27,11 @@ class WeightLayers:
 
 
 def weight_layers(
-    model: nn.Module, wants: Callable[[str], bool] = lambda name: True, within: Iterable[str] = ("",)
+    model: nn.Module,
+    wants: Callable[[str], bool] = lambda name: True,
+    within: Iterable[str] = ("",),
+    *,
+    needed: bool = True,
 ) -> WeightLayers:
     """Every linear and convolution weight below the modules named `within`.
 
@@ -39,6 +43,7 @@ def weight_layers(
         model: any module.
         wants: filter over parameter names.
         within: qualified module names; `""` is the whole model.
+        needed: refuse a model in which nothing is found.
 
     Raises:
         ModelError: nothing is left to prune.
@@ -65,7 +70,7 @@ def weight_layers(
             shape = tuple(module.weight.shape)
             layers[parameter] = WeightLayer(Site(parameter, UnitKind.WEIGHT, shape, layout), module)
     skipped |= _without_a_layer(model, [prefix for prefix in prefixes if prefix], layers)
-    if not layers:
+    if needed and not layers:
         raise ModelError(_nothing_left(model, skipped))
     return WeightLayers(layers, skipped)
 
