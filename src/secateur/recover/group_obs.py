@@ -272,7 +272,7 @@ class _Path:
         diagonal = torch.arange(n, device=self.P.device)
         blocks = self.P.view(n, width, n, width)[diagonal, :, diagonal]  # (g, width, width)
         if self.dropped.any():
-            blocks = torch.where(self.dropped[:, None, None], torch.eye(width, dtype=self.P.dtype), blocks)
+            blocks = torch.where(self.dropped[:, None, None], torch.eye(width).to(self.P), blocks)
         W = self.W.view(n, width, -1)
         solved: Tensor = torch.linalg.solve(blocks, W)
         return (W * solved).sum((1, 2))

@@ -173,7 +173,7 @@ class Supernet:
             for level, one in pruned.items():
                 columns = place.reader.columns[one.keep.cpu()].flatten()
                 self.bank.write(place.name, level, one.weight.to(place.layer.weight.dtype), columns)
-                notes.tensors[f"keep/{place.name}/{level}"] = one.keep
+                notes.tensors[f"keep/{place.name}/{level}"] = one.keep.cpu()
                 notes.facts[f"{place.name}/{level}"] = {"loss": one.loss, "error": one.error}
             if self.accumulation is not Accumulation.NONE:
                 visit.replace(visit.layers[place.layer.name], self._passed_on(place, kept, pruned))

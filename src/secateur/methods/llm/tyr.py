@@ -115,7 +115,7 @@ class TyrSettings(StructuredSettings):
 def plan(task: Task, settings: TyrSettings) -> Decision:
     """Supernet and search, from coarse to fine; the winner's weights and masks."""
     if task.residency is not None:
-        raise SettingsError("the search runs whole candidates and needs the model in memory; raise the memory limit")
+        raise SettingsError("the search runs whole candidates and needs the model in memory; leave out --stream")
     work = begin(task, settings)
     _check(work, settings)
     return _Tyr(work, settings).run()
