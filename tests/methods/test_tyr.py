@@ -267,6 +267,9 @@ class TestTraps:
         tokens = [sum(batch.args[0].numel() for batch in minibatch.batches) for minibatch in drawn]
         assert tokens == [192, 384] * 2
         assert len({str(minibatch.samples) for minibatch in drawn}) == 4
+        first = [[index for group in minibatch.samples for index in group][:2] for minibatch in drawn]
+        assert first[0] != first[1]  # not the same order, taken further
+        assert first[2] != first[3]
 
     def test_the_dense_model_is_asked_before_anything_is_pruned(self, monkeypatch: pytest.MonkeyPatch) -> None:
         asked: list[Tensor] = []
