@@ -24,6 +24,7 @@ from secateur.shrink.depth import kept_list, renumbered
 from secateur.shrink.folder import BUFFERS, CARD, OWN, WEIGHTS, carry_companions, quiet_transformers
 from secateur.shrink.layout import plain_config, runtimes
 from secateur.shrink.load import layout_of_folder, load, read_tensors, steps_of
+from secateur.shrink.pattern import check_patterns
 from secateur.shrink.remote import write_model_code
 from secateur.shrink.shortcuts import additions_of, attach
 from secateur.shrink.verify import difference, float_tensors
@@ -64,7 +65,8 @@ def save(
         extend: called with the temporary folder at the end, to add more files.
 
     Raises:
-        OutputError: the folder exists, the disk is full, or the reloaded model differs.
+        OutputError: the folder exists, the disk is full, a layer does not hold the plan's N:M pattern, or the
+            reloaded model differs.
     """
     folder = Path(folder)
     check_free(folder, force)
@@ -83,6 +85,8 @@ def save(
             save_file(buffers, own / BUFFERS)
         write_json(own / CARD, card)
         if verify:
+            if plan is not None:
+                check_patterns(model, plan)
             verify_folder(model, temporary, factory, probe)
         if extend is not None:
             extend(temporary)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.core.budget import Pattern
 from secateur.core.errors import ModelError
 from secateur.core.files import write_json
 from secateur.core.plan import Plan
@@ -26,6 +27,7 @@ from secateur.shrink.checkpoint import Checkpoint
 from secateur.shrink.cut import install, make_cut, removed_indices, smaller, structured
 from secateur.shrink.depth import kept_list, remove_blocks_
 from secateur.shrink.folder import INDEX, WEIGHTS
+from secateur.shrink.pattern import check_pattern, pattern_of
 from secateur.shrink.save import save
 from secateur.structure.analysis import Structure
 from secateur.structure.stacks import main_stack
@@ -50,6 +52,11 @@ class Writer:
         """Parameter -> dimension -> indices that go."""
         return removed_indices(self.plan)
 
+    @functools.cached_property
+    def pattern(self) -> Pattern | None:
+        """The N:M pattern that was asked for."""
+        return pattern_of(self.plan)
+
     def tensor(self, name: str) -> Tensor:
         """One of the dense model's tensors as it is in the result."""
         given = self.weights.get(name)
@@ -57,6 +64,8 @@ class Writer:
         site = self.plan.sites.get(name)
         if site is not None and site.kind is UnitKind.WEIGHT:
             value = value.masked_fill_(~self.plan.masks[name], 0)
+            if self.pattern is not None:
+                check_pattern(self.plan, self.pattern, name, value)
         return smaller(value, self.removed.get(name, {}))
 
 
