@@ -65,7 +65,8 @@ def plan_on(module: nn.Module, method: str, model: str, **budget: object) -> Pla
     # one weight per layer at least, so that a global ranking cannot empty a layer
     asked = sc.Budget(SPARSITY.get(METHODS[method].units, 0.6), floor=1)
     budget = budget or {"budget": asked}
-    settings: dict[str, object] = {"multiple": 1} if METHODS[method].structured else {}  # exact counts
+    rounds = "multiple" in METHODS[method].settings.model_fields
+    settings: dict[str, object] = {"multiple": 1} if rounds else {}  # exact counts
     if "resolution" in METHODS[method].settings.model_fields:
         settings["resolution"] = 5  # a forward pass for each layer and step
     if "rounding" in METHODS[method].settings.model_fields:
@@ -102,6 +103,23 @@ def test_planning_leaves_the_model_as_it_was(row):
     assert not any("forward" in vars(part) for part in module.modules())
 
 
+def assert_share_of_parameters(plan: Plan, dense: nn.Module, whole: bool) -> None:
+    """Methods that weigh heads against neurons: 60 % of the parameters of the units, or of the whole model, go.
+
+    They come as near as their units allow: one head, or half a neuron in every block.
+    """
+    costs = {name: site.parameters / site.units for name, site in plan.sites.items()}
+    if not whole:
+        gone = sum(costs[name] * int((~mask).sum()) for name, mask in plan.masks.items())
+        asked = 0.6 * sum(site.parameters for site in plan.sites.values())
+        assert abs(gone - asked) <= 1.5 * max(costs.values())
+        return
+    total = sum(p.numel() for p in dense.parameters())
+    left = sum(p.numel() for p in sc.apply_(dense, plan).parameters())
+    neurons = [costs[name] for name, site in plan.sites.items() if site.kind is UnitKind.NEURON]
+    assert abs(total - left - 0.6 * total) <= 0.5 * sum(neurons) + 1
+
+
 @pytest.mark.parametrize("row", SUITED, ids="-".join)
 def test_budget_is_met_exactly(row):
     method, model = row
@@ -111,6 +129,11 @@ def test_budget_is_met_exactly(row):
     def due(units: int) -> int:
         return floor(round(sparsity * units, 6))
 
+    if METHODS[method].settings.model_fields.keys() & {"structure", "depth_share"}:
+        assert_share_of_parameters(
+            plan, zoo.load_model(model), whole="depth_share" in METHODS[method].settings.model_fields
+        )
+        return
     match METHODS[method].exact:
         case Group.TOTAL:
             assert sum(int(gone.sum()) for gone in removed.values()) == due(sum(s.units for s in plan.sites.values()))
