@@ -90,6 +90,12 @@ def test_every_site_goes_the_same_part_of_its_way():
     assert last_step(before, after, goal, dict.fromkeys(before, 1)) == {"a": 90, "b": 80, "c": 50}
 
 
+def test_what_is_given_back_is_shared():
+    before, after = dict.fromkeys("abcd", 100), dict.fromkeys("abcd", 80)
+    goal = Goal(tuple("abcd"), lambda counts: sum(counts.values()), 363)
+    assert list(last_step(before, after, goal, dict.fromkeys("abcd", 1)).values()) == [91, 91, 91, 90]
+
+
 def test_no_unit_more_would_fit_the_cost():
     price = {"a": 7, "b": 3}
 

@@ -316,6 +316,12 @@ def test_two_key_heads_with_two_query_heads_each_go_as_a_whole():
     assert sum(kept(made, "kv_group")) == 3
 
 
+@pytest.mark.parametrize("kv", [1, 2, 4])
+def test_heads_count_in_features_of_the_keys(kv):
+    for name, site in adaptive(Task(llama(kv), sc.Budget(0.5)), AdaptPrunerSettings()).work.sites.items():
+        assert adapt_pruner.width_of(site) == (1 if name.endswith("neuron") else WIDTH)
+
+
 def test_layers_of_different_width_generate_and_reload(tmp_path):
     model = quiet(llama())
     made = plan(model, 0.5, amplitude=0.04)
@@ -419,6 +425,22 @@ def test_weights_and_plan_are_the_trained_network():
     assert torch.allclose(small(IDS, use_cache=False).logits, trained.eval()(IDS, use_cache=False).logits, atol=1e-6)
     assert torch.allclose(whole, small(IDS, use_cache=False).logits, atol=1e-5)  # zeros stand where units are gone
     assert any(not torch.equal(p, STATE[name]) for name, p in small.named_parameters() if p.shape == STATE[name].shape)
+
+
+def test_every_stage_starts_from_what_the_last_one_trained(monkeypatch):
+    entered, left, real = [], [], Fitting.__call__
+
+    def spy(self, model, masks, start, stop):
+        entered.append(model.model.embed_tokens.weight.detach().clone())
+        found = real(self, model, masks, start, stop)
+        left.append(model.model.embed_tokens.weight.detach().clone())
+        return found
+
+    monkeypatch.setattr(Fitting, "__call__", spy)
+    study(fitting(), stages=2)
+    assert torch.equal(entered[0], STATE["model.embed_tokens.weight"])
+    assert all(torch.equal(before, after) for before, after in zip(entered[1:], left[:-1], strict=True))
+    assert not torch.equal(entered[-1], entered[0])
 
 
 def test_the_rate_goes_on_and_the_optimiser_starts_anew(monkeypatch):

@@ -68,7 +68,7 @@ class Goal:
 def last_step(before: Counts, after: Counts, goal: Goal, multiples: Mapping[str, int]) -> Counts:
     """Counts between two steps that meet a goal and give nothing away that it would allow.
 
-    Every site goes the same part of its way; what still fits is then given back, in the sites' order.
+    Every site goes the same part of its way; what still fits is then given back, to every site in turn.
 
     Args:
         before: kept units that do not meet the goal.
@@ -85,11 +85,19 @@ def last_step(before: Counts, after: Counts, goal: Goal, multiples: Mapping[str,
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (low, middle) if goal.met(at(middle)) else (middle, high)
-    counts = at(high)
-    for name, most in before.items():
-        more = counts | {name: min(counts[name] + multiples[name], most)}
-        while more[name] > counts[name] and goal.met(more):
-            counts, more = more, more | {name: min(more[name] + multiples[name], most)}
+    return _given_back(at(high), before, goal, multiples)
+
+
+def _given_back(counts: Counts, most: Counts, goal: Goal, multiples: Mapping[str, int]) -> Counts:
+    """One multiple more for every site in turn, until none fits."""
+    waiting = list(counts)
+    while waiting:
+        for name in list(waiting):
+            more = counts | {name: min(counts[name] + multiples[name], most[name])}
+            if more[name] > counts[name] and goal.met(more):
+                counts = more
+            else:
+                waiting.remove(name)
     return counts
 
 

@@ -147,7 +147,7 @@ def accelerated(model: nn.Module, seed: int, **settings: Any) -> float:
     """Held-out perplexity with half of the parameters, after the whole training."""
     recipe = Recipe(steps=STEPS, batch=BATCH, lr=5e-4, decay=Decay.WSD, cooldown=0.1, last=0.1, **ADAM)
     fit = Fitting(windows(STEPS * BATCH, seed, "training"), recipe, partial(held_out, count=64), seed=seed)
-    asked = {"iterations": ITERATIONS, "amplitude": AMPLITUDES[0], **settings}
+    asked = {"iterations": ITERATIONS, "samples": CALIBRATION // 2, "amplitude": AMPLITUDES[0], **settings}
     found = api.study(
         partial(copy.deepcopy, model), fit, "adapt_pruner", budget=HALF, seed=seed, metric="perplexity", **asked
     )
