@@ -3,7 +3,10 @@
 On the shipped Llama of 8 layers, which labels sentences and calculates step by step without errors. That labels
 survive better holds for every way of taking layers, random ones included, so the control of that claim is the model
 with nothing removed; random removal is the control of what selectors and recovery bring. Both recoveries are judged by
-the result at the end of the answer, so that the ground truth's other style (no steps) is not what costs it.
+the result at the end of the answer, so that the ground truth's other style (no steps) is not what costs it. Learning
+to answer without steps leaves the model worse than no tuning does (by 14 points, and 5 times as far from the full
+model), so 5 points above ground truth, and a lower divergence, would show nothing: the thresholds are where no tuning
+fails.
 """
 
 from __future__ import annotations
@@ -55,11 +58,15 @@ CLAIMS = {
     "results": Expectation(
         "2 layers gone, 300 steps of LoRA on answers of the full model: right results, points above tuning on ground "
         "truth without steps; baseline: not tuned; random: random layers, not tuned",
-        ">= 5",
+        ">= 40",
         "both",
     ),
     "labels": Expectation("the same: label accuracy as a share of the full model's, percent", ">= 90", "both"),
-    "kl": Expectation("the same: KL to the full model as a share of that with ground truth", "<= 0.5", "both"),
+    "kl": Expectation(
+        "the same: KL to the full model as a share of the smaller of that with ground truth and that without tuning",
+        "<= 0.8",
+        "both",
+    ),
 }
 
 
@@ -184,7 +191,8 @@ def _recovered(found: Bench, seed: int, progress: Progress) -> dict[str, Sample]
     tune(by_itself, usable(answers), TUNING, seed=seed, progress=progress)
     tune(by_truth, truth, TUNING, seed=seed, progress=progress)
     at_random = [_without(found.full, gone) for gone in random_layers(2, seed)]
-    base, kl = found.results(by_truth), found.kl(by_truth)
+    base, untuned = found.results(by_truth), found.kl(pruned)
+    least = min(found.kl(by_truth), untuned)
     return {
         "results": Sample(
             found.results(by_itself) - base,
@@ -197,7 +205,7 @@ def _recovered(found: Bench, seed: int, progress: Progress) -> dict[str, Sample]
             _mean([found.label_share(less) for less in at_random]),
         ),
         "kl": Sample(
-            found.kl(by_itself) / kl, found.kl(pruned) / kl, _mean([found.kl(less) for less in at_random]) / kl
+            found.kl(by_itself) / least, untuned / least, _mean([found.kl(less) for less in at_random]) / least
         ),
     }
 
