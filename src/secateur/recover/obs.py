@@ -37,19 +37,21 @@ def inverse_factor(hessian: Tensor, damping: float = 0.01) -> InverseFactor:
         NumericsError: no damping helped (the Hessian is not a second moment).
     """
     dead = hessian.diagonal() == 0
-    h = hessian.double() if hessian.device.type == "cpu" else hessian.float()
-    h = h + torch.diag(dead.to(h.dtype))
-    mean = h.diagonal().mean()
+    kind = torch.float64 if hessian.device.type == "cpu" else torch.float32
+    diagonal = hessian.diagonal().to(kind) + dead
+    mean = diagonal.mean()
     used = damping
-    flipped = h.flip(0, 1)
     while used <= 1e3:
-        damped = flipped.clone()
-        damped.diagonal().add_(used * mean)
         # read from the far corner, H = R R^T with R upper, so H^-1 = U^T U with U = R^-1: no inverse of H is needed
-        lower, info = torch.linalg.cholesky_ex(damped)
+        flipped = hessian.flip(0, 1).to(kind)
+        flipped.diagonal().copy_((diagonal + used * mean).flip(0))
+        lower, info = torch.linalg.cholesky_ex(flipped)
+        del flipped  # these matrices are the largest things in memory where layers are wide
         if not info:
-            upper = inverse_upper_(lower.flip(0, 1))
-            if torch.isfinite(upper).all():
+            upper = lower.flip(0, 1)
+            del lower
+            inverse_upper_(upper)
+            if torch.isfinite(upper.diagonal()).all() and torch.isfinite(upper.sum()):
                 return InverseFactor(upper.to(torch.float32), dead, used)
         used = max(used * 10, 1e-8)
     raise NumericsError("the Hessian cannot be factorised even when strongly damped")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.errors import ModelError
+from secateur.core.memory import give_back
 from secateur.core.method import Residency
 from secateur.shrink.checkpoint import Checkpoint
 from secateur.shrink.folder import quiet_transformers, read_config
@@ -102,6 +103,7 @@ class Streamed(Residency):
         finally:
             for one in brought:
                 self._drop(one)
+            give_back()
 
     @contextlib.contextmanager
     def outside(self, names: Sequence[str]) -> Iterator[None]:

@@ -550,15 +550,24 @@ class BlockWalk:
             return
         parameter = layer.module.weight
         assert isinstance(parameter, Tensor)
-        self._undo.append((parameter, parameter.data))
+        self._remember(parameter)
         parameter.data = layer.to_site(matrix).to(parameter.dtype)
 
     def _substitute_part(self, part: FusedPart, matrix: Tensor) -> None:
         whole = part.whole
-        if all(parameter is not whole for parameter, _ in self._undo):
-            self._undo.append((whole, whole.data))
+        if self._needs_originals and all(parameter is not whole for parameter, _ in self._undo):
+            self._remember(whole)
             whole.data = whole.data.clone()
         whole.data[part.index] = matrix.to(whole.dtype)
+
+    @property
+    def _needs_originals(self) -> bool:
+        """Whether weights are needed as they were: not where they are dropped after the visit anyway."""
+        return self.task.residency is None or self.dense or self.twin
+
+    def _remember(self, parameter: Tensor) -> None:
+        if self._needs_originals:
+            self._undo.append((parameter, parameter.data))
 
     def _restore(self) -> None:
         while self._undo:
@@ -664,16 +673,15 @@ def _decide_layers(
 ) -> None:
     heard: set[str] = set()  # tensors of experts of which at least one expert was seen at work
 
-    def note(layer: WeightLayer, stat: S) -> Tensor:
-        """Decide about a layer, and give back its new matrix."""
+    def note(layer: WeightLayer, stat: S) -> Choice:
         if isinstance(layer, FusedPart) and stat.samples:
             heard.add(layer.parameter)
         choice = decide(layer, stat)
         _note(task, visit.notes, layer, choice)
-        return layer.matrix * choice.keep if choice.weight is None else choice.weight
+        return choice
 
     def settle(layer: WeightLayer, stat: S) -> None:
-        visit.replace(layer, note(layer, stat))
+        _replace(visit, layer, note(layer, stat))
 
     if one_pass:
         for part in visit.sweep(factory, settle, experts=True):
@@ -685,17 +693,21 @@ def _decide_layers(
 
 
 def _observe_then_replace(
-    visit: BlockVisit, factory: Callable[[int], S], note: Callable[[WeightLayer, S], Tensor], heard: Set[str]
+    visit: BlockVisit, factory: Callable[[int], S], note: Callable[[WeightLayer, S], Choice], heard: Set[str]
 ) -> None:
     """All statistics come from the block as it stands; experts are looked at a few at a time."""
     known: dict[str, WeightLayer] = {**visit.layers, **visit.parts}
-    later: list[tuple[WeightLayer, Tensor]] = []
+    later: list[tuple[WeightLayer, Choice]] = []
     for names in [list(visit.layers), *_few_at_once(list(visit.parts.values()), factory)]:
         stats = visit.observe(factory, only=names) if names else {}
         later += [(known[name], note(known[name], stats.pop(name))) for name in names]
-    for layer, matrix in later:
+    for layer, choice in later:
         if not isinstance(layer, FusedPart) or layer.parameter in heard:
-            visit.replace(layer, matrix)
+            _replace(visit, layer, choice)
+
+
+def _replace(visit: BlockVisit, layer: WeightLayer, choice: Choice) -> None:
+    visit.replace(layer, layer.matrix * choice.keep if choice.weight is None else choice.weight)
 
 
 def _note(task: Task, notes: Notes, layer: WeightLayer, choice: Choice) -> None:
