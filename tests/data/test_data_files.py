@@ -86,7 +86,7 @@ def test_json_lines_give_one_document_a_line(tmp_path: Path) -> None:
 def test_bad_json_lines_are_numbered(tmp_path: Path, line: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n\n' + line + "\n")
-    with pytest.raises(DataError, match=r"a\.jsonl' line 3 (is not JSON|has no field 'text')"):
+    with pytest.raises(DataError, match=r"a\.jsonl' line 3 (is not JSON|has no text in 'text')"):
         read_documents(path)
 
 

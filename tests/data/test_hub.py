@@ -63,7 +63,7 @@ def test_text_is_streamed_with_its_configuration(hub: Any) -> None:
     assert splits.calibration.inputs.unique().tolist() == [ord("a")]
     assert splits.calibration.inputs.shape == (3, 10)
     assert splits.evaluation.inputs.unique().tolist() == [ord("b")]
-    assert splits.calibration.name == "some/corpus"
+    assert splits.calibration.name == "some/corpus (1 different windows of 3)"
 
 
 def test_only_the_start_of_an_endless_stream_is_read(hub: Any) -> None:
@@ -115,6 +115,25 @@ def test_images_kept_as_files_in_the_cache(hub: Any, tmp_path: Path) -> None:
     paths[1].unlink()
     with pytest.raises(DataError, match=r"cannot load 'some/pictures' from the hub: .*No such file"):
         open_hub("some/pictures")
+
+
+def test_conversations_are_streamed_too(hub: Any) -> None:
+    rows = datasets.Dataset.from_dict({"question": ["q" * 40] * 3, "answer": ["a" * 40] * 3, "id": [1, 2, 3]})
+    stand_in = hub(train=rows, test=rows)
+    splits = open_hub("some/chats?length=20&samples=4", Characters())
+    assert stand_in.calls == [("some/chats", None, None, True)]
+    document = f"Question: {'q' * 40}\nAnswer: {'a' * 40}"
+    assert "".join(map(chr, splits.evaluation.inputs[:3].flatten().tolist())) == document[:60]
+    chats = [[{"role": "user", "content": "u" * 60}]]
+    hub(train=datasets.Dataset.from_dict({"messages": chats, "text": ["t" * 60]}), test=rows)
+    plain, chat = (open_hub(f"some/chats?length=20&samples=9{more}", Characters()) for more in ("", "&chat=1"))
+    assert plain.calibration.inputs.unique().tolist() == [ord("t")]
+    assert ord("u") in chat.calibration.inputs.unique().tolist()
+    hub(train=datasets.Dataset.from_dict({"messages": [[{"role": "user", "content": "x"}], []]}))
+    with pytest.raises(
+        DataError, match="row 1 of the hub data set 'a/b': 'messages' is no list of messages, or an empty"
+    ):
+        open_hub("a/b", Characters())
 
 
 def test_unsuitable_columns_and_splits(hub: Any) -> None:

@@ -134,7 +134,10 @@ def test_splits_hold_out_the_last_tenth() -> None:
     assert splits.calibration.inputs.shape == (300, 20)
     assert splits.calibration.kind is DataKind.TEXT
     assert splits.calibration.targets is None
-    assert splits.calibration.name == splits.evaluation.name == "book"
+    different = len({tuple(row) for row in splits.calibration.inputs.tolist()})
+    assert different < 300
+    assert splits.calibration.name == f"book ({different} different windows of 300)"
+    assert splits.evaluation.name == "book"
 
 
 def test_held_out_text_does_not_depend_on_the_seed() -> None:
@@ -211,6 +214,9 @@ def test_joined_documents_show_in_the_name_of_the_calibration_set() -> None:
     splits = text_splits("lines", documents, Characters(), length=10, count=4, seed=0)
     assert splits.calibration.name == "lines (short documents joined)"
     assert splits.evaluation.name == "lines"
+    splits = text_splits("lines", documents[:4], Characters(), length=7, count=40, seed=0)
+    different = len({tuple(row) for row in splits.calibration.inputs.tolist()})
+    assert splits.calibration.name == f"lines (short documents joined; {different} different windows of 40)"
 
 
 @pytest.mark.parametrize("wrong", [{"length": 1}, {"count": 0}, {"limit": 0}])

@@ -9,9 +9,10 @@ import pytest
 import torch
 from cli_runs import write_images, write_language_model, write_text
 
-from secateur.core.errors import DataError, UnknownNameError
+from secateur.core.errors import DataError, SettingsError, UnknownNameError
 from secateur.data.dataset import DataKind
-from secateur.io.data import open_data
+from secateur.data.generation import generated_windows
+from secateur.io.data import open_data, split_generated
 from secateur.io.models import open_model
 
 WINDOW = 24
@@ -180,6 +181,61 @@ def test_names_that_lead_nowhere(lm, spec, kind, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(kind, match=words):
         open_data(spec, lm)
+
+
+def test_the_model_writes_its_own_calibration_data(home, lm):
+    spec = str(home / "text.txt")
+    text = open_data(spec, lm, seed=3, samples=6)
+    own = open_data(f"{spec}?generated=5", lm, seed=3, samples=6)
+    assert own.calibration.inputs.shape == (6, WINDOW)
+    assert torch.equal(own.calibration.inputs[:, :5], text.calibration.inputs[:, :5])
+    assert not torch.equal(own.calibration.inputs[:, 5:], text.calibration.inputs[:, 5:])
+    assert torch.equal(own.evaluation.inputs, text.evaluation.inputs)  # measured on the text
+    assert "by the model after 5 tokens" in own.calibration.name
+    assert own.evaluation.name == spec
+    again, other = (open_data(f"{spec}?length={WINDOW}&generated=5", lm, seed, samples=6) for seed in (3, 4))
+    assert torch.equal(own.calibration.inputs, again.calibration.inputs)
+    assert not torch.equal(own.calibration.inputs, other.calibration.inputs)
+    expected = generated_windows(lm.model, 6, WINDOW, seed=3, start=text.calibration.inputs[:, :5])
+    assert torch.equal(own.calibration.inputs, expected.inputs)
+
+
+def test_a_zoo_model_writes_its_own_calibration_data():
+    opened = open_model("zoo:skills-llama")
+    found = open_data("zoo:skills?generated=12", opened, samples=4)
+    text = open_data("zoo:skills", opened, samples=4)
+    assert torch.equal(found.calibration.inputs[:, :12], text.calibration.inputs[:, :12])
+    assert not torch.equal(found.calibration.inputs, text.calibration.inputs)
+    assert torch.equal(found.evaluation.inputs, text.evaluation.inputs)
+
+
+def test_generated_data_need_a_model_with_weights_and_text(home, lm, net):
+    spec = str(home / "text.txt")
+    with torch.device("meta"):
+        outline = replace(lm, model=type(lm.model)(lm.model.config))
+    with pytest.raises(SettingsError, match=r"its weights must be in memory; .* without --stream"):
+        open_data(f"{spec}?generated=5", outline)
+    with pytest.raises(DataError, match="holds images; generated=5 is for text"):
+        open_data(f"{home / 'images'}?generated=5", net)
+    with pytest.raises(DataError, match="windows of 24 tokens; generated=24 leaves nothing"):
+        open_data(f"{spec}?generated=24", lm)
+    for wrong in ("0", "-1", "all", ""):
+        with pytest.raises(DataError, match=f"'generated' of '.*text.txt' cannot be '{wrong}'"):
+            open_data(f"{spec}?generated={wrong}", lm)
+
+
+@pytest.mark.parametrize(
+    ("spec", "rest", "start"),
+    [
+        ("a.txt", "a.txt", None),
+        ("a.txt?length=4", "a.txt?length=4", None),
+        ("a.txt?generated=3", "a.txt", 3),
+        ("a.txt?generated=3&length=4", "a.txt?length=4", 3),
+        ("a/b?config=c&generated=3&limit=1", "a/b?config=c&limit=1", 3),
+    ],
+)
+def test_the_text_behind_generated_data(spec, rest, start):
+    assert split_generated(spec) == (rest, start)
 
 
 def test_hub_without_network(lm, monkeypatch):

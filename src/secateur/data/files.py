@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur.core.errors import DataError, MissingExtraError, UnknownNameError
+from secateur.data.chat import FIELDS, TEXT, WANTED, Rows, is_readable
 from secateur.data.dataset import Splits
 from secateur.data.images import IMAGE_COLUMNS, LABEL_COLUMNS, Encoded, ImageOptions, ImageSource, image_splits
 from secateur.data.text import Tokenizer, text_splits
@@ -19,7 +20,6 @@ from secateur.data.text import Tokenizer, text_splits
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
-TEXT_COLUMN = "text"
 TEXT_SAMPLES = 128  # calibration windows, as in Wanda and SparseGPT
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 FILE_SUFFIXES = (".parquet", ".jsonl", ".txt")
@@ -37,6 +37,7 @@ class Options:
         limit: at most so many images from each file, or evaluation windows of text; None for all.
         images: how images become numbers.
         config: which configuration of a hub data set.
+        chat: rows of text are put into the tokenizer's chat template, see `Rows`.
     """
 
     length: int = 128
@@ -44,6 +45,7 @@ class Options:
     limit: int | None = None
     images: ImageOptions = field(default_factory=ImageOptions)
     config: str | None = None
+    chat: bool = False
 
     def __post_init__(self) -> None:
         for name in ("length", "samples", "limit"):
@@ -55,8 +57,20 @@ def _floats(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
 
 
+def _switch(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise ValueError(text)
+    return text == "1"
+
+
 IMAGE_KEYS: Mapping[str, Callable[[str], Any]] = {"size": int, "channels": int, "mean": _floats, "std": _floats}
-FILE_KEYS: Mapping[str, Callable[[str], Any]] = {"length": int, "samples": int, "limit": int, **IMAGE_KEYS}
+FILE_KEYS: Mapping[str, Callable[[str], Any]] = {
+    "length": int,
+    "samples": int,
+    "limit": int,
+    "chat": _switch,
+    **IMAGE_KEYS,
+}
 
 
 def parse_spec(
@@ -77,7 +91,8 @@ def parse_spec(
         try:
             values[key] = known[key](text)
         except ValueError:
-            raise DataError(f"data option '{key}' of '{path}' cannot be '{text}'; give a number") from None
+            form = "0 or 1" if known[key] is _switch else "a number"
+            raise DataError(f"data option '{key}' of '{path}' cannot be '{text}'; give {form}") from None
     images = {key: values.pop(key) for key in IMAGE_KEYS if key in values}
     return path, replace(defaults, images=replace(defaults.images, **images), **values)
 
@@ -86,11 +101,14 @@ def open_file(spec: str, tokenizer: Tokenizer | None = None, seed: int = 0, opti
     """Samples to calibrate on and to measure on, from a file or a folder.
 
     A folder with two of `train`, `validation` (`valid`, `val`) and `test` inside, as files of one kind
-    or as folders of images, gives both; otherwise a part of the file or folder is held out.
+    or as folders of images, gives both; otherwise a part of the file or folder is held out. Rows of .jsonl and
+    .parquet files hold a `text`, or a conversation, which is written in the tokenizer's chat template (a plain frame
+    where it has none): `messages`, `prompt` with `response` or `completion`, `instruction` with `output`, or
+    `question` with `answer`. With `chat=1` a conversation comes before `text`, and a lone text is a user's message.
 
     Args:
         spec: the path, with options after a question mark if wanted: `images.parquet?size=32&limit=2000`.
-        tokenizer: needed for text.
+        tokenizer: needed for text; its chat template is used for conversations.
         seed: of every draw.
         options: what holds where the spec says nothing; None for the defaults of `Options`.
 
@@ -114,14 +132,15 @@ def open_file(spec: str, tokenizer: Tokenizer | None = None, seed: int = 0, opti
         )
     if tokenizer is None:
         raise DataError(f"'{name}' is text and needs a tokenizer; give a model folder that holds one")
+    rows = Rows(tokenizer, options.chat)
     return text_splits(
         name,
-        read_documents(train),
+        read_documents(train, rows),
         tokenizer,
         length=options.length,
         count=options.samples or TEXT_SAMPLES,
         seed=seed,
-        evaluation_documents=read_documents(test) if test else None,
+        evaluation_documents=read_documents(test, rows) if test else None,
         limit=options.limit,
     )
 
@@ -141,53 +160,54 @@ def _parts(path: Path) -> tuple[Path, Path | None]:
     return path, None
 
 
-def read_documents(path: Path) -> list[str]:
-    """The texts in a file: a .txt is one, a .jsonl has one a line and a .parquet one a row, under `text`.
+def read_documents(path: Path, rows: Rows | None = None) -> list[str]:
+    """The texts in a file: a .txt is one, a .jsonl has one a line and a .parquet one a row, as `Rows` says.
 
     Raises:
         DataError: missing or unreadable, another kind of file, or a bad line or row; says which.
         MissingExtraError: pyarrow is not installed.
     """
-    readers = {".txt": _read_plain, ".jsonl": _read_json_lines, ".parquet": _read_text_column}
+    rows = rows or Rows()
+    readers = {".txt": _read_plain, ".jsonl": _read_json_lines, ".parquet": _read_table}
     if path.suffix.lower() not in readers:
         raise DataError(f"'{path}' is of no known kind; give a .txt, .jsonl or .parquet file, or a folder of images")
     try:
-        return list(readers[path.suffix.lower()](path))
+        return list(readers[path.suffix.lower()](path, rows))
     except OSError as error:
         raise DataError(f"cannot read '{path}': {error.strerror}") from error
 
 
-def _read_plain(path: Path) -> Iterator[str]:
+def _read_plain(path: Path, rows: Rows) -> Iterator[str]:
+    if rows.chat:
+        raise DataError(f"'{path}' is plain text without messages; chat=1 is for rows of .jsonl and .parquet files")
     try:
         yield path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"'{path}' is not UTF-8 text: bad byte at position {error.start}") from error
 
 
-def _read_json_lines(path: Path) -> Iterator[str]:
+def _read_json_lines(path: Path, rows: Rows) -> Iterator[str]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
+            where = f"'{path}' line {number}"
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"'{path}' line {number} is not JSON: {error}") from error
-            if not isinstance(record, dict) or not isinstance(record.get(TEXT_COLUMN), str):
-                raise DataError(f"'{path}' line {number} has no field '{TEXT_COLUMN}' with a text in it")
-            yield record[TEXT_COLUMN]
+                raise DataError(f"{where} is not JSON: {error}") from error
+            yield rows.document(record if isinstance(record, dict) else {}, where)
 
 
-def _read_text_column(path: Path) -> Iterator[str]:
+def _read_table(path: Path, rows: Rows) -> Iterator[str]:
     with open_parquet(path) as file:
-        if TEXT_COLUMN not in file.schema_arrow.names:
+        columns = [name for name in FIELDS if name in file.schema_arrow.names]
+        if not is_readable(columns):
             raise _no_column(path, file)
         row = 0
-        for batch in file.iter_batches(columns=[TEXT_COLUMN]):
-            for text in batch.column(0).to_pylist():
-                if not isinstance(text, str):
-                    raise DataError(f"'{path}' row {row} has no text in column '{TEXT_COLUMN}'")
-                yield text
+        for batch in file.iter_batches(columns=columns):
+            for record in batch.to_pylist():
+                yield rows.document(record, f"'{path}' row {row}")
                 row += 1
 
 
@@ -213,15 +233,15 @@ def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
 
 def _no_column(path: Path, file: pq.ParquetFile) -> DataError:
     return DataError(
-        f"'{path}' has the columns {', '.join(file.schema_arrow.names)}; it needs '{TEXT_COLUMN}', "
-        f"or {' or '.join(IMAGE_COLUMNS)} with {', '.join(LABEL_COLUMNS[:-1])} or {LABEL_COLUMNS[-1]}"
+        f"'{path}' has the columns {', '.join(file.schema_arrow.names)}; it needs '{TEXT}', "
+        f"or {' or '.join(IMAGE_COLUMNS)} with {', '.join(LABEL_COLUMNS[:-1])} or {LABEL_COLUMNS[-1]}, or {WANTED}"
     )
 
 
 def _parquet_holds_images(path: Path) -> bool:
     with open_parquet(path) as file:
         names = set(file.schema_arrow.names)
-        if not names.intersection((*IMAGE_COLUMNS, TEXT_COLUMN)):
+        if not names.intersection(IMAGE_COLUMNS) and not is_readable(names):
             raise _no_column(path, file)
         return bool(names.intersection(IMAGE_COLUMNS))
 

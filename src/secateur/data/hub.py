@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from secateur.core.errors import DataError, MissingExtraError, SecateurError
+from secateur.data.chat import TEXT, WANTED, Rows, is_readable
 from secateur.data.dataset import Splits
 from secateur.data.files import (
     EVALUATION_NAMES,
     FILE_KEYS,
-    TEXT_COLUMN,
     TEXT_SAMPLES,
     TRAINING_NAMES,
     Options,
@@ -33,9 +33,9 @@ CHARACTERS_PER_TOKEN = 16
 def open_hub(spec: str, tokenizer: Tokenizer | None = None, seed: int = 0, options: Options | None = None) -> Splits:
     """Samples to calibrate on and to measure on, from a data set on the Hugging Face hub.
 
-    A data set with a column `text` is streamed: only as much is downloaded as the windows need, from
-    its start, and evaluation stops at 256 windows unless `limit` says otherwise. One with images and labels is
-    downloaded whole. A data set without a split to measure on has a part held out.
+    A data set with a column `text`, or with conversations as in `open_file`, is streamed: only as much is downloaded as
+    the windows need, from its start, and evaluation stops at 256 windows unless `limit` says otherwise. One with images
+    and labels is downloaded whole. A data set without a split to measure on has a part held out.
 
     Args:
         spec: the id, with options after a question mark: `Salesforce/wikitext?config=wikitext-2-raw-v1`.
@@ -57,7 +57,7 @@ def open_hub(spec: str, tokenizer: Tokenizer | None = None, seed: int = 0, optio
         streams = datasets.load_dataset(name, options.config, streaming=True)
         train, test = _choose(name, list(streams))
         columns = _columns(streams[train])
-        if TEXT_COLUMN in columns and not set(IMAGE_COLUMNS).intersection(columns):
+        if is_readable(columns) and not set(IMAGE_COLUMNS).intersection(columns):
             return _text(name, streams[train], streams[test] if test else None, tokenizer, seed=seed, options=options)
         image, label = _pick(name, columns, IMAGE_COLUMNS), _pick(name, columns, LABEL_COLUMNS)
         sources = [
@@ -101,8 +101,8 @@ def _pick(name: str, columns: Collection[str], wanted: Sequence[str]) -> str:
         if column in columns:
             return column
     raise DataError(
-        f"the hub data set '{name}' has the columns {', '.join(columns)}; it needs '{TEXT_COLUMN}', or "
-        f"{' or '.join(IMAGE_COLUMNS)} with {' or '.join(LABEL_COLUMNS)}"
+        f"the hub data set '{name}' has the columns {', '.join(columns)}; it needs '{TEXT}', or "
+        f"{' or '.join(IMAGE_COLUMNS)} with {' or '.join(LABEL_COLUMNS)}, or {WANTED}"
     )
 
 
@@ -112,27 +112,25 @@ def _text(
     if tokenizer is None:
         raise DataError(f"'{name}' is text and needs a tokenizer; give a model folder that holds one")
     count, limit = options.samples or TEXT_SAMPLES, options.limit or TEXT_LIMIT
-    window = options.length * CHARACTERS_PER_TOKEN
+    window, read = options.length * CHARACTERS_PER_TOKEN, Rows(tokenizer, options.chat)
     return text_splits(
         name,
-        _documents(name, train, count * window),
+        _documents(name, train, read, count * window),
         tokenizer,
         length=options.length,
         count=count,
         seed=seed,
-        evaluation_documents=None if test is None else _documents(name, test, limit * window),
+        evaluation_documents=None if test is None else _documents(name, test, read, limit * window),
         limit=limit,
     )
 
 
-def _documents(name: str, rows: Iterable[Mapping[str, Any]], characters: int) -> list[str]:
+def _documents(name: str, stream: Iterable[Mapping[str, Any]], rows: Rows, characters: int) -> list[str]:
     """Texts from the start of a stream until they have so many characters together."""
     documents: list[str] = []
     read = 0
-    for row in rows:
-        text = row[TEXT_COLUMN]
-        if not isinstance(text, str):
-            raise DataError(f"row {len(documents)} of the hub data set '{name}' has no text in '{TEXT_COLUMN}'")
+    for row in stream:
+        text = rows.document(row, f"row {len(documents)} of the hub data set '{name}'")
         documents.append(text)
         read += len(text) + len(SEPARATOR)
         if read >= characters:

@@ -176,8 +176,8 @@ def text_splits(
 
     Without `evaluation_documents` the last tenth of the text, and at least one window of it, is held out
     for evaluation; the calibration windows come from the rest, so the two never overlap. That
-    division does not depend on the seed. A calibration set whose documents were too short, and therefore joined, says
-    so in its name.
+    division does not depend on the seed. A calibration set whose documents were too short, and therefore joined, or
+    whose windows are not all different because the text is short, says so in its name.
 
     Args:
         name: what the user calls the text.
@@ -204,9 +204,17 @@ def text_splits(
     tokens = tokenize(SEPARATOR.join(evaluation_documents), tokenizer, enough)
     measured = evaluation_windows(tokens, length, limit, f"the evaluation text of '{name}'")
     return Splits(
-        Dataset(f"{name} (short documents joined)" if drawn.packed else name, DataKind.TEXT, drawn.tokens),
+        Dataset(f"{name}{_reservations(drawn)}", DataKind.TEXT, drawn.tokens),
         Dataset(name, DataKind.TEXT, measured),
     )
+
+
+def _reservations(drawn: Windows) -> str:
+    """What a reader of reports must know of calibration windows, in brackets behind the name of the text."""
+    distinct, count = len(torch.unique(drawn.tokens, dim=0)), len(drawn.tokens)
+    said = ["short documents joined"] * drawn.packed
+    said += [f"{distinct} different windows of {count}"] * (distinct < count)
+    return f" ({'; '.join(said)})" if said else ""
 
 
 def hold_out(

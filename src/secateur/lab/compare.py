@@ -29,7 +29,7 @@ from secateur.core.budget import Budget, Pattern, Quantity
 from secateur.core.errors import SecateurError, SettingsError
 from secateur.core.progress import Progress, Silent, track
 from secateur.data.dataset import Splits
-from secateur.io.data import open_data
+from secateur.io.data import open_data, split_generated
 from secateur.io.models import OpenedModel, open_model
 from secateur.measure import interval, nonzeros, parameters, quality, quality_interval
 from secateur.measure.decoding import decoding
@@ -52,6 +52,7 @@ class Rows(BaseModel):
     settings: dict[str, Any] = Field(default_factory=dict)
     recover: str = Field("", description="a recovery and its settings; the row is measured before and after it")
     label: str = Field("", description="added to the method's name in the table")
+    include: tuple[str, ...] | None = Field(None, description="instead of the comparison's")
 
     def budgets(self) -> list[tuple[str, float | str]]:
         """(what is counted, amount)."""
@@ -70,6 +71,7 @@ class Comparison(BaseModel):
     dtype: str | None = None
     include: tuple[str, ...] = ("*",)
     seeds: int = 3
+    recovered_seeds: int = Field(1, description="recovery is costly: only the first so many seeds are recovered")
     speed: bool = True
     rows: tuple[Rows, ...]
 
@@ -209,7 +211,7 @@ class _Bench:
                 budget=self._budget(kind, amount),
                 data=splits.calibration,
                 seed=seed,
-                include=self.asked.include,
+                include=rows.include or self.asked.include,
                 source=self.asked.model,
                 **rows.settings,
             )
@@ -222,9 +224,9 @@ class _Bench:
             found["prefill"] = times["pruned"].prefill / times["dense"].prefill
             found["decode"] = times["pruned"].decode / times["dense"].decode
         recovery = _recovery_of(rows)
-        if recovery is not None:
+        if recovery is not None and seed < self.asked.recovered_seeds:
             way, settings = recovery
-            training = open_data(self.asked.data, self.opened, seed, 4096).calibration
+            training = open_data(split_generated(self.asked.data)[0], self.opened, seed, 4096).calibration
             way.run(Request(model, plan, training, seed, self.progress, self.opened.model), settings)
             found["recovered"] = self._measured(model)["value"]
         return found

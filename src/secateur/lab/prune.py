@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from secateur import api, recover
 from secateur.core.budget import Budget, Pattern, Quantity
 from secateur.core.errors import BudgetError, DataError, SettingsError
@@ -17,7 +19,7 @@ from secateur.core.method import Method
 from secateur.core.plan import Plan
 from secateur.core.progress import Progress, Silent
 from secateur.data.dataset import Dataset, Splits
-from secateur.io.data import open_data
+from secateur.io.data import open_data, split_generated
 from secateur.io.models import OpenedModel, open_model
 from secateur.lab.record import Outcome, make_record, with_file_sizes
 from secateur.measure import measure_together, probe_machine, quality
@@ -202,7 +204,7 @@ def prune(job: Job, out: str | Path, progress: Progress | None = None) -> Record
         plan,
         source=prepared.opened.folder,
         factory=prepared.opened.factory,
-        data=prepared.data,
+        data=prepared.data and split_generated(prepared.data)[0],
         probe=next(prepared.splits.evaluation.batches(2)) if prepared.splits else None,
         verify=job.verify,
         force=job.force,
@@ -224,7 +226,7 @@ def _carry_out(prepared: Prepared, command: str, progress: Progress) -> tuple[Pl
     pruned, figures = None, {}
     if prepared.recovery is not None:
         pruned = quality(model, evaluation, progress=progress)
-        figures = _recover(prepared, plan, progress)
+        figures = _recover(prepared, plan, dense, progress)
     found = measure_together({"before": dense, "after": model}, evaluation, seed=job.seed, progress=progress)
     return plan, Outcome(
         prepared=prepared,
@@ -238,16 +240,16 @@ def _carry_out(prepared: Prepared, command: str, progress: Progress) -> tuple[Pl
     )
 
 
-def _recover(prepared: Prepared, plan: Plan, progress: Progress) -> dict[str, float]:
+def _recover(prepared: Prepared, plan: Plan, dense: nn.Module, progress: Progress) -> dict[str, float]:
     assert prepared.recovery is not None
-    request = Request(prepared.opened.model, plan, _training_data(prepared), prepared.job.seed, progress)
+    request = Request(prepared.opened.model, plan, _training_data(prepared), prepared.job.seed, progress, dense)
     return prepared.recovery.run(request, prepared.recovery.configure(prepared.job.recover_settings))
 
 
 def _training_data(prepared: Prepared) -> Dataset:
-    """All the training samples there are: calibration took only a few."""
+    """All the training samples there are: calibration took only a few, which may be the unpruned model's own."""
     assert prepared.data is not None
     assert prepared.splits is not None
     is_text = prepared.splits.calibration.targets is None
     count = RECOVERY_WINDOWS if is_text else None
-    return open_data(prepared.data, prepared.opened, prepared.job.seed, count).calibration
+    return open_data(split_generated(prepared.data)[0], prepared.opened, prepared.job.seed, count).calibration

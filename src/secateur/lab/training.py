@@ -16,7 +16,7 @@ from secateur.core.errors import BudgetError, DataError, ModelError, SettingsErr
 from secateur.core.method import Settings, configure
 from secateur.core.seeding import generator
 from secateur.data.dataset import Dataset, Splits
-from secateur.io.data import open_data
+from secateur.io.data import open_data, split_generated
 from secateur.io.models import OpenedModel
 from secateur.shrink.load import build
 from secateur.train.loop import Recipe
@@ -92,10 +92,13 @@ def training_data(request: TrainingRequest, opened: OpenedModel) -> Splits:
 
     Raises:
         DataError: no data was named and the model has none of its own.
+        SettingsError: the data are for calibration only.
     """
     data = request.data or opened.data
     if data is None:
         raise DataError(f"training needs data and '{request.model}' has none of its own; give --data")
+    if split_generated(data)[1] is not None:
+        raise SettingsError(f"the option generated of '{data}' is for calibration; train on the text itself")
     found = open_data(data, opened, request.seed)
     return found if found.calibration.targets is not None else open_data(data, opened, request.seed, WINDOWS)
 

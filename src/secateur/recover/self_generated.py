@@ -31,14 +31,13 @@ from secateur.core.progress import Progress, Silent, track
 from secateur.core.seeding import generator, seeded
 from secateur.core.units import UnitKind
 from secateur.data.batches import cacheless, logits_of
+from secateur.data.chat import QUESTION, prompt_ids
 from secateur.data.generation import Sampling, context_of, respond, stop_ids
 from secateur.data.running import device_of, evaluating, training
 from secateur.recover.recovery import Recovery, Request
 from secateur.structure.sites import weight_layers
 from secateur.structure.stacks import find_stacks
 
-QUESTION = "Question: {}\nAnswer:"  # around a prompt where the tokenizer has no chat template
-SYSTEM = "You are a helpful assistant."
 STOPPED, CUT = "stop", "length"
 IGNORED = -100  # labels without a loss
 
@@ -90,15 +89,6 @@ class SelfGeneratedSettings(LoRA):
     def sampling(self) -> Sampling:
         """How the responses are drawn."""
         return Sampling(temperature=self.temperature, top_p=self.top_p, limit=self.limit)
-
-
-def prompt_ids(tokenizer: Any, prompt: str, frame: str = QUESTION, system: str = SYSTEM) -> list[int]:
-    """Ids of a prompt as the model is asked: in the tokenizer's chat template where it has one, else in `frame`."""
-    if getattr(tokenizer, "chat_template", None):
-        chat = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return list(tokenizer(frame.format(prompt))["input_ids"])
 
 
 def self_generated(
