@@ -28,6 +28,7 @@ COMMANDS = [
     ["apply"],
     ["diff"],
     ["bench"],
+    ["evaluate"],
     ["export"],
     ["report"],
     ["reproduce"],

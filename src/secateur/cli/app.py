@@ -21,7 +21,10 @@ zoo_app = typer.Typer(no_args_is_help=True, help="Small trained models that are 
 app.add_typer(zoo_app, name="zoo")
 
 MODEL_HELP = "zoo:NAME, a Hugging Face folder, a hub id, or module.path:factory with --weights"
-DATA_HELP = "zoo:NAME, a .txt/.jsonl/.parquet file, an image folder, or a hub id; options as file?limit=2000"
+DATA_HELP = (
+    "zoo:NAME, a .txt/.jsonl/.parquet file (rows of text or conversations), an image folder, or a hub id; options as "
+    "file?limit=2000&chat=1, and text?generated=8: calibrate on what the model writes after 8 tokens"
+)
 
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Data = Annotated[str | None, typer.Option(help=DATA_HELP)]
@@ -372,6 +375,51 @@ def bench(
 
     opening = {"device": device, "dtype": dtype, "trust_factory": trust_factory}
     commands.bench(models, data, tuple(batch or (1, 16)), seconds, machine, opening, seed, json)
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help=f"{MODEL_HELP}; the first is what the others are compared with")],
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="tasks of the lm-evaluation-harness, a,b,c, or secateur_cloze, secateur_labels, ..."),
+    ] = None,
+    include_path: Annotated[list[Path] | None, typer.Option(help="folder with more task files for --tasks")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="questions of each task; default 100, with --tasks all", min=1)
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="with --tasks: sequences that run together; default 8", min=1)
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="worked examples before each built-in question; 3 if it never saw them", min=0)
+    ] = None,
+    data: Annotated[str | None, typer.Option(help=f"also measure perplexity on: {DATA_HELP}")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    trust_factory: Trust = False,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """What language models can do, side by side: abilities by choice and by generation, and degeneration of text.
+
+    The built-in tasks need no network: labels, digits, copying, brackets, arithmetic, cloze. With --tasks, those of
+    the lm-evaluation-harness (`pip install 'secateur[eval]'`); a task that is not in --include-path may fetch its data.
+
+    `secateur evaluate zoo:skills-llama pruned`
+
+    `secateur evaluate ./my-llama pruned --shots 3 --data text.txt`
+
+    `secateur evaluate ./my-llama pruned --tasks hellaswag,arc_easy --limit 200`
+
+    `secateur evaluate zoo:skills-llama pruned --tasks secateur_cloze,secateur_brackets`
+    """
+    from secateur.cli.evaluate import Asked
+    from secateur.cli.evaluate import evaluate as run
+
+    opening = {"device": device, "dtype": dtype, "trust_factory": trust_factory}
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    run(Asked(models, names, include_path or [], limit, batch, shots, data, opening, seed), json)
 
 
 @app.command()
