@@ -51,6 +51,11 @@ def build(folder: Path, bf16: bool) -> None:
     model = LlamaForCausalLM(config).eval()
     (model.bfloat16() if bf16 else model).save_pretrained(folder)
     torch.save(torch.randint(32000, (32, 512)), folder / "tokens.pt")
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))  # the peer asks for one
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[UNK]").save_pretrained(folder)
 
 
 def build_large(folder: Path, gib: float) -> None:
@@ -177,7 +182,7 @@ def main() -> None:
     parser.add_argument("--peer", help="python of an environment with llm-compressor")
     parser.add_argument("--large", type=float, help="GiB of a large model instead")
     parser.add_argument("--bf16", action="store_true", help="the benchmark's model in bfloat16")
-    parser.add_argument("--jobs", default=",".join(JOBS), help="which of " + "; ".join(JOBS))
+    parser.add_argument("--jobs", default=";".join(JOBS), help="which of " + "; ".join(JOBS))
     parser.add_argument("--method", default="wanda", help="for --large")
     parser.add_argument("--scratch", default=None, help="where to write")
     args = parser.parse_args()
@@ -196,7 +201,7 @@ def main() -> None:
             print("seconds per block:", *blocks)
             return
         build(scratch / "model", args.bf16)
-        table(scratch / "model", scratch, args.peer, [label for label in JOBS if label in args.jobs.split(",")])
+        table(scratch / "model", scratch, args.peer, [label for label in JOBS if label in args.jobs.split(";")])
 
 
 if __name__ == "__main__":

@@ -29,11 +29,12 @@ def test_zoo(name):
     opened = open_model(f"zoo:{name}")
     assert opened.name == f"zoo:{name}"
     assert not opened.model.training
-    assert opened.data == ("zoo:pydoc" if name.startswith("pydoc") else "zoo:digits")
+    family = name.partition("-")[0]
+    assert opened.data == f"zoo:{family if family in ('pydoc', 'skills') else 'digits'}"
     assert (opened.folder / "model.safetensors").exists()
     plain = name in ("digits-mlp", "digits-resnet")
     assert (opened.factory is not None) == plain
-    assert (open_tokenizer(opened) is not None) == name.startswith("pydoc")
+    assert (open_tokenizer(opened) is not None) == (family in ("pydoc", "skills"))
     assert equal(opened.model, zoo.load_model(name))
 
 

@@ -129,12 +129,10 @@ def test_budget_is_met_exactly(row):
     def due(units: int) -> int:
         return floor(round(sparsity * units, 6))
 
-    if METHODS[method].settings.model_fields.keys() & {"structure", "depth_share"}:
-        assert_share_of_parameters(
-            plan, zoo.load_model(model), whole="depth_share" in METHODS[method].settings.model_fields
-        )
-        return
     match METHODS[method].exact:
+        case Group.COST:
+            whole = "depth_share" in METHODS[method].settings.model_fields
+            assert_share_of_parameters(plan, zoo.load_model(model), whole=whole)
         case Group.TOTAL:
             assert sum(int(gone.sum()) for gone in removed.values()) == due(sum(s.units for s in plan.sites.values()))
         case Group.SITE:

@@ -706,3 +706,42 @@ def test_progress_counts_blocks_of_all_stacks():
         for visit in walk:
             visit.outputs()
     assert progress.events == (("blocks", 5), 1, 1, 1, 1, 1, "finish")
+
+
+def test_observing_stops_when_all_layers_have_shown_their_inputs():
+    model, batches = stack_models.build("llama"), stack_models.batches_for("llama")
+    runs = Counter()
+    for block in model.model.layers:
+        block.mlp.down_proj.register_forward_hook(lambda *_: runs.update(["down"]))
+        block.mlp.up_proj.register_forward_hook(lambda *_: runs.update(["up"]))
+    with BlockWalk(task_for(model, batches)) as walk:
+        runs.clear()
+        visit = next(iter(walk))
+        stats = visit.observe(SecondMoment)
+    assert len(batches) > 1
+    assert runs == {"up": len(batches), "down": 1}  # the first batch shows the order, the others stop before the last
+    names = [name.removesuffix(".weight") for name in stats]
+    inputs = heard(model, batches, names)
+    samples = sum(batch.samples for batch in batches)
+    for name, layer in visit.layers.items():
+        expected = one_shot(layer, inputs[name.removesuffix(".weight")], samples)
+        assert torch.allclose(stats[name].value.double(), expected, rtol=1e-4)
+
+
+def test_observing_runs_on_where_a_layer_is_called_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.a(self.b(self.a(x)))
+
+    model = nn.Sequential(Twice(), Twice())
+    batches = [Batch((torch.randn(2, 4),)) for _ in range(3)]
+    with BlockWalk(task_for(model, batches)) as walk:
+        stats = next(iter(walk)).observe(SecondMoment)
+    inputs = heard(model, batches, ["0.a"])["0.a"]
+    assert len(inputs) == 6
+    expected = sum(x.square().sum(0) for x in inputs) / stats["0.a.weight"].samples
+    assert torch.allclose(stats["0.a.weight"].value, expected, rtol=1e-4)

@@ -107,7 +107,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "gblm"])
 def test_two_processes_share_the_samples_and_decide_alike(tmp_path, method):
     from secateur.core.journal import Journal
     from secateur.core.plan import Plan

@@ -89,11 +89,15 @@ class Protocol(StrEnum):
 
 
 class Group(StrEnum):
-    """Over what a method meets the sparsity exactly: floor(sparsity * size) units of it go."""
+    """Over what a method meets the sparsity: floor(sparsity * size) units of it go, exactly.
+
+    `COST`: the sparsity is a share of parameters, met as closely as whole units allow.
+    """
 
     TOTAL = "total"
     SITE = "site"
     ROW = "row"
+    COST = "cost"
 
 
 @dataclass(frozen=True)

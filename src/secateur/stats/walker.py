@@ -50,12 +50,18 @@ from secateur.structure.stacks import Stack, find_stacks, main_stack
 S = TypeVar("S", bound=Statistic)
 
 
+class _AllHeardError(Exception):
+    """Ends a run through a block whose output nobody wants, once all layers have shown their inputs."""
+
+
 @dataclass
 class _InBatch:
     """What is known of the batch that is running: its size, and the inputs seen and who saw them first."""
 
     samples: int
+    first: bool = False
     seen: list[tuple[Tensor, int, tuple[object, ...], str]] = field(default_factory=list)
+    heard: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -174,14 +180,24 @@ class BlockVisit:
         known = self.layers if only is None else {**self.layers, **self.parts}
         layers = {name: layer for name, layer in known.items() if only is None or name in only}
         listening = _Listening(factory)
+        order: list[str] = []  # of the first batch
 
         def never(points: Set[str]) -> str:
             raise AssertionError(points)
 
-        def run(call: Call) -> None:
-            self._run(call)  # the output is not needed: the block is still to change
+        def heard(layer: WeightLayer, x: Tensor, batch: _InBatch) -> None:
+            listening.take(layer, x, batch)
+            batch.heard.add(layer.name)
+            if batch.first:
+                order.append(layer.name)
+            elif self.stack.name and len(order) == len(layers) == len(batch.heard):
+                raise _AllHeardError  # every layer runs once, and all have: the rest would be for nothing
 
-        self._listen(layers, listening.take, run, never)
+        def run(call: Call) -> None:
+            with contextlib.suppress(_AllHeardError):
+                self._run(call)  # the output is not needed: the block is still to change
+
+        self._listen(layers, heard, run, never)
         return listening.complete(layers)
 
     def sweep(
@@ -236,8 +252,11 @@ class BlockVisit:
         batches = {}  # of the run that is going on
 
         def started(index: int, batch: Batch) -> Any:
-            batches[current()] = _InBatch(batch.samples)
-            return run(self._flow.call(index))
+            batches[current()] = _InBatch(batch.samples, first=index == 0)
+            try:
+                return run(self._flow.call(index))
+            finally:
+                del batches[current()]  # it holds every input that was seen
 
         def arrived(layer: WeightLayer, x: Tensor) -> None:
             heard(layer, x, batches[current()])
@@ -279,10 +298,19 @@ class BlockVisit:
             yield call.hidden, outputs[-1]
         self._outputs = outputs
 
-    def outputs(self) -> list[Tensor]:
-        """The hidden states after the block as it stands now; run if that has not happened yet."""
+    def outputs(self, leave: bool = False) -> list[Tensor]:
+        """The hidden states after the block as it stands now; run if that has not happened yet.
+
+        Args:
+            leave: the block is not run again, so that the states before it can be dropped one by one.
+        """
         if self._outputs is None:
-            self._keep([self._run(self._flow.call(index)) for index in range(len(self._walk.batches))])
+            outputs = []
+            for index in range(len(self._walk.batches)):
+                outputs.append(self._run(self._flow.call(index)))
+                if leave:
+                    self._flow.used(index)
+            self._keep(outputs)
         assert self._outputs is not None
         return self._outputs
 
@@ -323,6 +351,11 @@ class _Flow:
         if self.hidden is None:
             return self.calls[index]
         return self.calls[index].with_hidden(self.hidden[index].to(self.device))
+
+    def used(self, index: int) -> None:
+        """One batch's state is needed no more."""
+        if isinstance(self.hidden, list):
+            self.hidden[index] = torch.empty(0)
 
 
 @contextlib.contextmanager
@@ -483,7 +516,7 @@ class BlockWalk:
         if self.dense:
             visit.forget()
             self._restore()
-        return self._kept(visit.stack, following, visit.outputs()), dense
+        return self._kept(visit.stack, following, visit.outputs(leave=True)), dense
 
     def _first(self, stack: Stack) -> int:
         """The first block without notes; of several processes, the one that is furthest behind says it."""

@@ -295,7 +295,7 @@ method = Method(
     settings=FLAPSettings,
     run=plan,
     units=UnitKind.HEAD,
-    exact=Group.TOTAL,
+    exact=Group.COST,
     needs_data=True,
     structured=True,
 )
