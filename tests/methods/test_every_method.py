@@ -86,7 +86,7 @@ def outputs(module: nn.Module, model: str) -> torch.Tensor:
 @pytest.mark.parametrize("row", [row for row in ROWS if row not in SUITED], ids="-".join)
 def test_unsuited_models_are_refused_in_one_sentence(row):
     method, model = row
-    with pytest.raises((ModelError, BudgetError), match="block|nothing is left to cut"):
+    with pytest.raises((ModelError, BudgetError), match=r"block|nothing is left to cut"):
         plan_on(zoo.load_model(model), method, model)
 
 

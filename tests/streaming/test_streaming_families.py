@@ -37,7 +37,9 @@ def test_the_result_is_that_of_the_model_in_memory(family, tmp_path):
     assert not list(tmp_path.glob(".*"))  # the work folder is gone
 
 
-@pytest.mark.parametrize("method", ["sparsegpt", "gblm", "cfsp", "amp", "maw", "flap", "comp", "shortgpt", "layer_limits"])
+@pytest.mark.parametrize(
+    "method", ["sparsegpt", "gblm", "cfsp", "amp", "maw", "flap", "comp", "shortgpt", "layer_limits"]
+)
 def test_other_methods_stream_as_they_are(method, tmp_path):
     model = tools.build("llama", tmp_path / "dense")
     data = tools.tokens()
