@@ -57,12 +57,9 @@ def main() -> None:
             times = decoding({"dense": model, "cut": cut}, prompt=args.length, tokens=16, rounds=7)
             prefill = times["cut"].prefill / times["dense"].prefill
             decode = times["cut"].decode / times["dense"].decode
-            print(
-                f"{name:10s} {share:4.0%} removed: FLOPs / {ratio:.2f}, prefill {prefill:.2f}x ({prefill / ratio:.2f} of "
-                f"it, bar {BAR}), decode {decode:.2f}x, first token {times['cut'].first_token:.0f} ms "
-                f"(dense {times['dense'].first_token:.0f})",
-                flush=True,
-            )
+            first = f"{times['cut'].first_token:.0f} ms to the first token (dense {times['dense'].first_token:.0f})"
+            bar = f"{prefill / ratio:.2f} of the FLOPs ratio {ratio:.2f}, bar {BAR}"
+            print(f"{name:6s} {share:4.0%}: prefill {prefill:.2f}x ({bar}), decode {decode:.2f}x, {first}", flush=True)
 
 
 if __name__ == "__main__":
