@@ -402,6 +402,7 @@ def test_zoo_list_json():
         "digits-vit",
         "pydoc-llama",
         "pydoc-llama-gqa",
+        "skills-llama",
     ]
     assert all({"title", "data", "parameters", "quality"} <= card.keys() for card in found)
 

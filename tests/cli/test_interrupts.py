@@ -206,7 +206,7 @@ def test_disk_full(place, limit):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-@pytest.mark.parametrize("target", ["write_json", "save_file"])
+@pytest.mark.parametrize("target", ["write_json", "write_shard"])
 def test_every_way_to_be_full_is_said(place, monkeypatch, code, target):
     from secateur.core import plan
 

@@ -6,7 +6,7 @@ import pytest
 from cli_runs import good
 
 import secateur as sc
-from secateur.core.method import Protocol
+from secateur.core.method import Group, Protocol
 from secateur.report.record import Record
 
 FIVE_LINES = """
@@ -28,7 +28,7 @@ BY_PROTOCOL = {
 }
 
 
-@pytest.mark.parametrize("method", BY_PROTOCOL[Protocol.PLAN])
+@pytest.mark.parametrize("method", sorted({*BY_PROTOCOL[Protocol.PLAN]} - {"eep"}))
 def test_one_command_for_every_method(place, method):
     words = ["prune", "lm", "--method", method, "--sparsity", "0.5", "--minimum", "1", "--data", "text.txt"]
     words += ["--set", "resolution=5"] if method == "rd" else []  # amounts tried per layer, each a run of the model
@@ -43,6 +43,23 @@ def test_one_command_for_every_method_that_trains(place, method):
     check_result(place / f"trained-{method}", method, good(*words, "--out", f"trained-{method}"))
 
 
+def test_one_command_for_experts(place):
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(place / "moe")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (place / "moe" / name).write_bytes((place / "lm" / name).read_bytes())
+    words = ["prune", "moe", "--method", "eep", "--sparsity", "0.5", "--data", "text.txt", "--samples", "8"]
+    words += [word for pair in ("initial=4", "discrete=8", "total=12", "router=fold") for word in ("--set", pair)]
+    check_result(place / "one-eep", "eep", good(*words, "--out", "one-eep"))
+
+
 def test_one_command_for_a_method_that_needs_convolutions(place):
     words = ["train", "zoo:digits-resnet", "--method", "consensus", "--sparsity", "0.4", "--steps", "6"]
     done = good(*words, "--recipe", "batch=32", "--evaluate-every", "3", "--out", "trained-consensus")
@@ -51,6 +68,7 @@ def test_one_command_for_a_method_that_needs_convolutions(place):
 
 
 AROUND = {
+    "adapt_pruner": {"stages": 2, "iterations": 8, "amplitude": 0.05},
     "ap": {"p": 0.5, "q": 0.1},
     "journey": {"every": 1, "against": ""},
     "lottery": {"rate": 0.5},
@@ -63,7 +81,8 @@ AROUND = {
 
 @pytest.mark.parametrize("method", BY_PROTOCOL[Protocol.PROCEDURE])
 def test_one_command_for_every_method_around_trainings(place, method):
-    model = "zoo:digits-resnet" if method == "oracle" else "zoo:digits-mlp"  # an MLP has no channels
+    models = {"oracle": "zoo:digits-resnet", "adapt_pruner": "zoo:pydoc-llama"}  # an MLP has no channels and no blocks
+    model = models.get(method, "zoo:digits-mlp")
     words = ["study", model, "--method", method, "--sparsity", "0.5", "--minimum", "1", "--steps", "16"]
     words += [word for name, value in AROUND[method].items() for word in ("--set", f"{name}={value}")]
     words += ["--pretrained"] if method == "oracle" else []
@@ -79,7 +98,8 @@ def check_result(out, method, done):
     assert all(line.startswith("warning: ") for line in done.err.splitlines() if not line.endswith(" s"))
     record = Record.load(out / "secateur" / "report.json")
     assert record.method.name == method
-    assert record.budget.sparsity == pytest.approx(0.5)
+    if sc.methods()[method].exact is not Group.COST:  # of parameters then, not of units
+        assert record.budget.sparsity == pytest.approx(0.5)
     json.loads((out / "secateur" / "report.json").read_text())
     assert (out / "report.html").exists()
 

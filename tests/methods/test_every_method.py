@@ -28,7 +28,9 @@ from secateur.structure.layers import to_matrix
 
 METHODS = {name: method for name, method in sc.methods().items() if method.kind is Protocol.PLAN}
 SPARSITY = {UnitKind.BLOCK: 0.25}
-ROWS = [(method, model) for method in METHODS for model in zoo.names()]
+ROWS = [  # skills-llama is pydoc-llama once more, deeper and slower
+    (method, model) for method in METHODS for model in zoo.names() if model != "skills-llama"
+]
 
 
 def suits(method: Method, model: str) -> bool:
@@ -132,7 +134,7 @@ def test_budget_is_met_exactly(row):
     match METHODS[method].exact:
         case Group.COST:
             whole = "depth_share" in METHODS[method].settings.model_fields
-            assert_share_of_parameters(plan, zoo.load_model(model), whole=whole)
+            assert_share_of_parameters(copy.deepcopy(plan), zoo.load_model(model), whole=whole)  # applying one notes it
         case Group.TOTAL:
             assert sum(int(gone.sum()) for gone in removed.values()) == due(sum(s.units for s in plan.sites.values()))
         case Group.SITE:
@@ -274,7 +276,7 @@ def _inputs(part: nn.Module) -> int:
     return part.weight[0].numel() if isinstance(part, nn.Conv2d) else 4
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].units is not UnitKind.EXPERT])
 def test_nothing_asked_nothing_removed(method):
     model = "pydoc-llama"
     plan = plan_on(zoo.load_model(model), method, model, sparsity=0.0)

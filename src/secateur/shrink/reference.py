@@ -85,7 +85,7 @@ class _Masked(TorchFunctionMode):
         self.call = call
         if call not in self.found.results:
             return out
-        if self._is_raw(out):  # a view of a parameter, or itself as `weight.float()` returns it
+        if self._is_raw(out) and not _in_place(func):  # a view of a parameter, or itself as `weight.float()` returns it
             return self._silenced(func, _copied(out), self.found.results[call])
         if _shared(out, (*args, *kwargs.values())) is None:
             return self._silenced(func, out, self.found.results[call])
@@ -164,6 +164,12 @@ def _shared(out: Any, args: tuple[Any, ...]) -> Tensor | None:
     storage = first.untyped_storage().data_ptr()
     inputs = [item for item in args if isinstance(item, Tensor) and item is not first]
     return next((item for item in inputs if item.untyped_storage().data_ptr() == storage), None)
+
+
+def _in_place(func: Any) -> bool:
+    """Whether a function writes into its argument and gives it back: `add_`, `__iadd__`."""
+    name = str(getattr(func, "__name__", ""))
+    return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
 def _copied(out: Any) -> Any:
