@@ -86,9 +86,9 @@ def test_one_command_for_every_method_around_trainings(place, method):
     words = ["study", model, "--method", method, "--sparsity", "0.5", "--minimum", "1", "--steps", "16"]
     words += [word for name, value in AROUND[method].items() for word in ("--set", f"{name}={value}")]
     words += ["--pretrained"] if method == "oracle" else []
-    done = good(*words, "--out", f"one-{method}")
+    done = good(*words, "--out", f"around-{method}")
     assert f"{model} under {method}" in done.out
-    assert (place / f"one-{method}" / "secateur" / "findings.json").exists()
+    assert (place / f"around-{method}" / "secateur" / "findings.json").exists()
 
 
 def check_result(out, method, done):

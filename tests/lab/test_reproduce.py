@@ -16,6 +16,8 @@ from secateur.measure import interval
 
 TRAINED = {name for name, method in api.methods().items() if method.kind is not Protocol.PLAN}
 SLOW = {
+    "adapt_pruner",
+    "eep",
     "channel_norm",
     "global_magnitude",
     "grasp",
