@@ -186,6 +186,9 @@ def prune_folder(
     entry = api.find_method(method)
     if entry.run is None:
         raise ModelError(f"{entry.name} is no one-shot method, it cannot prune a folder by itself")
+    if not entry.streams:
+        able = ", ".join(sorted(name for name, one in api.methods().items() if one.streams))
+        raise SettingsError(f"{entry.name} needs the whole model in memory, it cannot be streamed; these can: {able}")
     checked = entry.configure(settings)
     wanted = api.budget_of(entry, sparsity, pattern, budget)
     opened = open_folder(source, device=device, dtype=dtype)

@@ -87,6 +87,16 @@ def test_finished_rows_are_not_run_again(few, tmp_path, monkeypatch):
         compare(asked.model_copy(update={"samples": 5}), tmp_path / "keep")
 
 
+def test_a_row_with_other_settings_is_run_anew(few, tmp_path):
+    def table(settings):
+        rows = [{"methods": ["wanda"], "sparsity": [0.5], "settings": settings}]
+        return compare(Comparison(**ASKED | {"rows": rows, "seeds": 1}), tmp_path / "keep")[1]
+
+    by_row, by_layer = table({}), table({"compare": "layer"})
+    assert by_row.value != by_layer.value
+    assert table({}) == by_row
+
+
 def test_speed_and_recovery_are_measured_where_asked_for(few):
     rows = [{"methods": ["shortgpt"], "sparsity": [0.25], "recover": "finetune:steps=2"}]
     (_, row) = compare(Comparison(**ASKED | {"rows": rows, "seeds": 1, "speed": True}))

@@ -15,6 +15,8 @@ FAMILIES = {
     "qwen2": (tf.Qwen2ForCausalLM, lambda: tf.Qwen2Config(**GROUPED)),
     "qwen3-wide-heads": (tf.Qwen3ForCausalLM, lambda: tf.Qwen3Config(**GROUPED, head_dim=16)),
     "gemma2": (tf.Gemma2ForCausalLM, lambda: tf.Gemma2Config(**GROUPED, head_dim=16, sliding_window=8)),
+    "gemma3": (tf.Gemma3ForCausalLM, lambda: tf.Gemma3TextConfig(**GROUPED, head_dim=16, sliding_window=8)),
+    "gpt-neox": (tf.GPTNeoXForCausalLM, lambda: tf.GPTNeoXConfig(**BASE, intermediate_size=48)),
     "gpt2": (tf.GPT2LMHeadModel, lambda: tf.GPT2Config(vocab_size=96, n_embd=32, n_layer=3, n_head=4)),
     "opt": (
         tf.OPTForCausalLM,

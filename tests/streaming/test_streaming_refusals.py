@@ -7,7 +7,8 @@ import streaming_tools as tools
 import torch
 from safetensors.torch import load_file, save_file
 
-from secateur.core.errors import DataError, ModelError, NumericsError, OutputError, SecateurError
+import secateur as sc
+from secateur.core.errors import DataError, ModelError, NumericsError, OutputError, SecateurError, SettingsError
 from secateur.streaming import folder_perplexity, open_folder, prune_folder
 
 
@@ -154,7 +155,10 @@ def test_tokens_that_the_model_does_not_have(dense):
 def test_experts_without_tokens_are_pruned_by_magnitude_and_named(tmp_path):
     tools.build("mixtral", tmp_path / "dense")
     done = prune_folder(tmp_path / "dense", tmp_path / "out", "wanda", 0.5, data=torch.ones(1, 2, dtype=torch.int64))
-    assert done.plan.warnings
+    named = [
+        sentence for sentence in done.plan.warnings if "experts." in sentence and "pruned by magnitude" in sentence
+    ]
+    assert named  # two tokens cannot reach all of eight experts
 
 
 def test_perplexity_wants_windows(dense):
@@ -162,3 +166,18 @@ def test_perplexity_wants_windows(dense):
 
     with pytest.raises(DataError, match="perplexity needs int64 token ids"):
         folder_perplexity(dense, Dataset("x", DataKind.TEXT, torch.ones(4, 1, dtype=torch.int64)))
+
+
+@pytest.mark.parametrize(
+    "method", sorted(name for name, m in sc.methods().items() if m.run is not None and not m.streams)
+)
+def test_methods_that_need_the_whole_model_say_so_before_any_work(dense, method):
+    with pytest.raises(SettingsError, match=f"{method} needs the whole model in memory.*these can: .*wanda"):
+        prune_folder(dense, dense.parent / "out", method, 0.5, data=tools.tokens())
+    assert not list(dense.parent.glob(".*"))
+
+
+@pytest.mark.parametrize("method", ["random", "group_random"])
+def test_methods_without_data_stream_too(dense, method):
+    prune_folder(dense, dense.parent / "out", method, 0.5)
+    assert (dense.parent / "out" / "config.json").exists()

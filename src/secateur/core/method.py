@@ -246,6 +246,7 @@ class Method:
         patterns: whether N:M budgets are supported.
         changes_weights: whether kept weights get new values.
         structured: whether it cuts channels, neurons, heads or widths; `units` is then the usual kind.
+        streams: whether it touches weights only during visits of a block walk, so that the others may be on disk.
     """
 
     name: str
@@ -266,6 +267,7 @@ class Method:
     patterns: bool = False
     changes_weights: bool = False
     structured: bool = False
+    streams: bool = False
 
     def __post_init__(self) -> None:
         given = {Protocol.PLAN: self.run, Protocol.SPARSIFIER: self.parts, Protocol.PROCEDURE: self.procedure}

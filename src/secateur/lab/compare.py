@@ -16,6 +16,8 @@ A comparison is a YAML file:
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -173,7 +175,8 @@ class _Bench:
         shown = f"{name} {rows.label}".strip()
         found = []
         for seed in range(self.asked.seeds):
-            key = "-".join([shown, kind, str(amount), str(seed)]).replace("/", "_").replace(" ", "_").replace(":", "_")
+            key = "-".join([shown, kind, str(amount), str(seed), _digest(rows)])
+            key = key.replace("/", "_").replace(" ", "_").replace(":", "_")
 
             def run(seed: int = seed) -> dict[str, Any]:
                 return self._run(rows, name, kind, amount, seed)
@@ -252,6 +255,12 @@ class _Bench:
             inside = sum(p.numel() for block in stack.blocks for p in block.parameters())
             return Budget(1 - number * inside / parameters(self.opened.model), Quantity.PARAMETERS)
         return Budget(number)
+
+
+def _digest(rows: Rows) -> str:
+    """What else a row's results depend on, in a few letters."""
+    text = json.dumps([rows.settings, rows.recover, rows.include], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
 def _recovery_of(rows: Rows) -> tuple[Any, Any] | None:

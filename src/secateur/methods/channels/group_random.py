@@ -55,6 +55,7 @@ method = Method(
     ),
     settings=GroupRandomSettings,
     run=plan,
+    streams=True,
     units=UnitKind.CHANNEL,
     exact=Group.SITE,
     structured=True,

@@ -205,6 +205,7 @@ method = Method(
     ),
     settings=LayerLimitsSettings,
     run=plan,
+    streams=True,
     units=UnitKind.BLOCK,
     exact=Group.SITE,
     needs_data=True,

@@ -117,6 +117,7 @@ method = Method(
     ),
     settings=ShortGPTSettings,
     run=plan,
+    streams=True,
     units=UnitKind.BLOCK,
     exact=Group.SITE,
     needs_data=True,

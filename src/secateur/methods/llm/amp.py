@@ -261,6 +261,7 @@ method = Method(
     ),
     settings=AMPSettings,
     run=plan,
+    streams=True,
     units=UnitKind.NEURON,
     exact=Group.SITE,
     needs_data=True,

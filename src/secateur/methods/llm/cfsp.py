@@ -224,6 +224,7 @@ method = Method(
     ),
     settings=CFSPSettings,
     run=plan,
+    streams=True,
     units=UnitKind.NEURON,
     exact=Group.TOTAL,
     needs_data=True,

@@ -399,6 +399,7 @@ method = Method(
     ),
     settings=COMPSettings,
     run=plan,
+    streams=True,
     units=UnitKind.HEAD,
     exact=Group.COST,
     needs_data=True,

@@ -294,6 +294,7 @@ method = Method(
     ),
     settings=FLAPSettings,
     run=plan,
+    streams=True,
     units=UnitKind.HEAD,
     exact=Group.COST,
     needs_data=True,

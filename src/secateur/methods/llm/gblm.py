@@ -205,6 +205,7 @@ method = Method(
     ),
     settings=GBLMSettings,
     run=plan,
+    streams=True,
     units=UnitKind.WEIGHT,
     exact=Group.ROW,
     needs_data=True,

@@ -188,6 +188,7 @@ method = Method(
     ),
     settings=MAWSettings,
     run=plan,
+    streams=True,
     units=UnitKind.NEURON,
     exact=Group.SITE,
     structured=True,

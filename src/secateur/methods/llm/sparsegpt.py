@@ -161,6 +161,7 @@ method = Method(
     ),
     settings=SparseGPTSettings,
     run=plan,
+    streams=True,
     units=UnitKind.WEIGHT,
     exact=Group.SITE,
     needs_data=True,

@@ -91,6 +91,7 @@ method = Method(
     ),
     settings=WandaSettings,
     run=plan,
+    streams=True,
     units=UnitKind.WEIGHT,
     exact=Group.ROW,
     needs_data=True,

@@ -187,6 +187,7 @@ method = Method(
     ),
     settings=RandomSettings,
     run=plan,
+    streams=True,
     units=UnitKind.WEIGHT,
     exact=Group.TOTAL,
     patterns=True,
