@@ -18,6 +18,7 @@ from secateur.core.method import Batch, Decision, Group, Method, Protocol, Setti
 from secateur.core.plan import Plan, Provenance, versions
 from secateur.core.progress import Progress, Silent
 from secateur.core.seeding import seeded
+from secateur.core.select import all_finite
 from secateur.core.units import UnitKind
 from secateur.data.batches import as_batches
 from secateur.data.dataset import Dataset
@@ -316,7 +317,7 @@ def budget_of(entry: Method, sparsity: float | None, pattern: str | None, budget
 def _refuse_sick(model: nn.Module) -> None:
     """NaN anywhere reaches every later activation: name where it comes from, not where it was noticed."""
     for name, parameter in model.named_parameters():
-        if parameter.device.type != "meta" and not torch.isfinite(parameter.detach()).all():
+        if parameter.device.type != "meta" and not all_finite(parameter.detach()):
             raise NumericsError(f"layer '{name}' has NaN or infinite weights; repair the model before pruning it")
 
 

@@ -39,7 +39,7 @@ from secateur.shrink.load import layout_of_folder
 from secateur.shrink.resident import Streamed, skeleton
 from secateur.shrink.stream import Writer, check_space, save_streamed
 
-TOKENS = 2048  # per batch: enough for matrix products at full rate, few enough to need little memory
+TOKENS = 1024  # per batch: enough for matrix products at full rate, few enough to stay in caches
 NEW_WEIGHTS = "the plan beside this model holds the masks; the new weights are in the model's own files only"
 
 

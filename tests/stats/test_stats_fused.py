@@ -157,7 +157,7 @@ def test_code_that_multiplies_in_another_way_is_left_whole_and_named():
 def test_experts_in_small_groups_give_the_same(monkeypatch):
     model, data = build("mixtral"), batches()
     whole = sc.plan(model, "sparsegpt", 0.5, data=data, include=["model.layers*"])
-    monkeypatch.setattr("secateur.stats.walker.AT_ONCE", 1)  # one matrix of one expert at a time
+    monkeypatch.setattr("secateur.stats.layerwise.AT_ONCE", 1)  # one matrix of one expert at a time
     single = sc.plan(model, "sparsegpt", 0.5, data=data, include=["model.layers*"])
     assert all(torch.equal(whole.masks[name], single.masks[name]) for name in whole.masks)
     assert all(torch.equal(whole.weights[name], single.weights[name]) for name in whole.weights)

@@ -47,7 +47,8 @@ def any_nan(tensor: Tensor) -> bool:
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether nothing is NaN or infinite; a second pass only where the sum may have overflown."""
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+    wide = torch.float32 if tensor.is_floating_point() and tensor.itemsize < 4 else None
+    return bool(tensor.sum(dtype=wide).isfinite()) or bool(tensor.isfinite().all())
 
 
 LONG, STRIDE = 1 << 15, 16  # from when on a sample pays, and which part of the scores it is

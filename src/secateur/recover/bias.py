@@ -29,6 +29,7 @@ from secateur.core.errors import DataError, ModelError, NumericsError, PlanError
 from secateur.core.method import Batch
 from secateur.core.plan import Plan
 from secateur.core.progress import Progress, Silent, track
+from secateur.core.select import all_finite
 from secateur.core.units import Layout
 from secateur.data.batches import as_batches
 from secateur.shrink.apply import changed_weights
@@ -260,7 +261,7 @@ def _values(
         if not isinstance(reader.mean, Tensor):
             left[reader.name] = "the run does not call it as a layer"
             continue
-        if not torch.isfinite(reader.mean).all():
+        if not all_finite(reader.mean):
             raise NumericsError(
                 f"the calibration activations that enter layer '{reader.name}' contain NaN or infinity; "
                 "check the data and the layers before it"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.core.errors import NumericsError
+from secateur.core.select import all_finite
 
 MaskRule = Callable[[Tensor, Tensor], Tensor]
 """(compensated weights `[O, b]`, diagonal of U `[b]`) of the columns ahead -> keep-mask `[O, b]`."""
@@ -51,7 +52,7 @@ def inverse_factor(hessian: Tensor, damping: float = 0.01) -> InverseFactor:
             upper = lower.flip(0, 1)
             del lower
             inverse_upper_(upper)
-            if torch.isfinite(upper.diagonal()).all() and torch.isfinite(upper.sum()):
+            if all_finite(upper.diagonal()) and torch.isfinite(upper.sum()):
                 return InverseFactor(upper.to(torch.float32), dead, used)
         used = max(used * 10, 1e-8)
     raise NumericsError("the Hessian cannot be factorised even when strongly damped")

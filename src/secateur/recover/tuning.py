@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from secateur.core.distributed import total, total_count
+from secateur.core.select import all_finite
 
 HELD_OUT = 5  # every fifth sequence decides whether the factors are taken
 LARGEST = 10.0
@@ -129,7 +130,7 @@ class MaskTuning:
         self.held.reduce()
         ones, everything = torch.ones(self.units, dtype=torch.float64), self.fitted + self.held
         found = solved(self.fitted.gram, self.fitted.cross, damping).cpu()
-        fits = bool(torch.isfinite(found).all()) and bool((found.abs() <= LARGEST).all())
+        fits = all_finite(found) and bool((found.abs() <= LARGEST).all())
         accepted = fits and self.held.error(found) < self.held.error(ones)
         factors = found if accepted else ones
         return Tuned(factors, accepted, _relative(everything, ones), _relative(everything, factors))

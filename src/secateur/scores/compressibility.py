@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from secateur.core.errors import NumericsError, SettingsError
+from secateur.core.select import all_finite
 
 P, Q = 0.5, 1.0  # the pair that reports show
 CHUNK = 1 << 22  # entries widened to float64 at a time
@@ -121,7 +122,7 @@ def _kept(values: Tensor, mask: Tensor | None, where: str) -> tuple[Tensor, Tens
     values = values.detach()
     kept = torch.ones_like(values, dtype=torch.bool) if mask is None else mask.to(values.device)
     size = values.double().abs().masked_fill(~kept, 0)
-    if not torch.isfinite(size).all():
+    if not all_finite(size):
         raise NumericsError(f"{where}: kept entries are NaN or infinite; repair the model or lower the learning rate")
     return size, kept
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from secateur.core.errors import NumericsError
 from secateur.core.method import Batch
+from secateur.core.select import all_finite
 from secateur.data.batches import taken
 from secateur.data.running import device_of, logits
 
@@ -83,7 +84,7 @@ def synaptic_flow(
             flow = logits(network, inputs).sum()
         gradients = torch.autograd.grad(flow, weights, allow_unused=True, materialize_grads=True)
         scores = [(weight.detach() * gradient).abs() for weight, gradient in zip(weights, gradients, strict=True)]
-        sick = next((name for name, found in zip(names, scores, strict=True) if not torch.isfinite(found).all()), None)
+        sick = next((name for name, found in zip(names, scores, strict=True) if not all_finite(found)), None)
         if sick is not None:
             raise NumericsError(f"the synaptic flow through layer '{sick}' exceeds float64; scale the weights down")
         if not any(found.any() for found in scores):

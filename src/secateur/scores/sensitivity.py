@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from secateur.core.errors import DataError, NumericsError
 from secateur.core.method import Batch
 from secateur.core.progress import Progress
+from secateur.core.select import all_finite
 from secateur.data.batches import balanced, drawn, joined, taken, task_loss
 from secateur.data.running import device_of
 from secateur.scores.weights import taylor
@@ -172,6 +173,6 @@ def _sound(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not any(score.any() for score in scores.values()):
         raise NumericsError("no gradient reaches any layer; check that the weights are used and the outputs vary")
     for name, score in scores.items():
-        if not torch.isfinite(score).all():
+        if not all_finite(score):
             raise NumericsError(f"the score of layer '{name}' is NaN or infinite on the given data")
     return dict(scores)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.errors import ModelError
+from secateur.core.errors import ModelError, NumericsError
+from secateur.core.select import all_finite
 from secateur.core.shards import Entry, entries_of, read_rows, read_tensor
 from secateur.shrink.folder import check_weights
 
@@ -105,17 +106,15 @@ class Checkpoint:
         """A parameter or stored buffer by the model's name, as stored.
 
         Raises:
-            ModelError: NaN or infinity among the weights; names the tensor.
+            NumericsError: NaN or infinity among the weights; names the tensor.
         """
         recipe = self._recipe(name)
         plain = recipe.converter is None
         value = read_tensor(self.entries[recipe.sources[0][0]]) if plain else self._converted(recipe)
-        if (
-            value.is_floating_point()
-            and not bool(value.sum(dtype=torch.float32).isfinite())
-            and not bool(torch.isfinite(value).all())
-        ):
-            raise ModelError(f"'{name}' in '{self.folder}' holds NaN or infinity; repair the model before pruning it")
+        if value.is_floating_point() and not all_finite(value):
+            raise NumericsError(
+                f"'{name}' in '{self.folder}' holds NaN or infinity; repair the model before pruning it"
+            )
         return value
 
     def _converted(self, recipe: _Recipe) -> Tensor:

@@ -28,6 +28,7 @@ from secateur.core.errors import ModelError, NumericsError
 from secateur.core.journal import Notes, Section
 from secateur.core.method import Batch, Task
 from secateur.core.progress import track
+from secateur.core.select import all_finite
 from secateur.data.batches import logits_of, loss_of, split_batch
 from secateur.stats.catching import Call, WalkableStack, hidden_of, record_calls, run_safely
 from secateur.stats.walker import BlockWalk
@@ -337,7 +338,7 @@ def _noted(sums: Mapping[str, Accumulator]) -> Notes:
     notes = Notes()
     for name, accumulator in sums.items():
         for kind, value in accumulator.result().items():
-            if not torch.isfinite(value).all():
+            if not all_finite(value):
                 raise NumericsError(f"the gradient of layer '{name}' is NaN or infinite on the calibration data")
             notes.tensors[f"{kind}/{name}"] = value.cpu()
     return notes

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from secateur.core.errors import ModelError, NumericsError
+from secateur.core.select import all_finite
 from secateur.stats.walker import BlockVisit
 
 
@@ -29,6 +29,6 @@ def block_flow(visit: BlockVisit) -> Iterator[tuple[Tensor, Tensor]]:
                 f"block '{visit.name}' turns {list(before.shape)} into {list(after.shape)}; "
                 "blocks that change the shape cannot be removed"
             )
-        if not (torch.isfinite(before).all() and torch.isfinite(after).all()):
+        if not (all_finite(before) and all_finite(after)):
             raise NumericsError(f"block '{visit.name}' gets or returns NaN or infinity on the calibration data")
         yield before, after

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from secateur.core.errors import NumericsError
 from secateur.core.method import Batch
 from secateur.core.progress import Progress, track
+from secateur.core.select import all_finite
 from secateur.data.batches import task_loss
 
 
@@ -43,6 +44,6 @@ def weight_gradients(
         for parameter, flag in zip(chosen, flags, strict=True):
             parameter.requires_grad_(flag)
     for name, gradient in sums.items():
-        if not torch.isfinite(gradient).all():
+        if not all_finite(gradient):
             raise NumericsError(f"the gradient of layer '{name}' is NaN or infinite on the calibration data")
     return sums

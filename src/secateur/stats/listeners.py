@@ -13,6 +13,7 @@ from torch import Tensor
 
 from secateur.core.distributed import several, total, total_count
 from secateur.core.errors import NumericsError
+from secateur.core.select import all_finite
 
 PANEL = 256  # rows of a Hessian computed together
 CHUNK = 2**20  # elements squared at a time: a few MiB that stay in the cache, yet worth a parallel loop
@@ -34,7 +35,7 @@ class Statistic(Protocol):
 
 
 def _require_finite(value: Tensor, name: str) -> None:
-    if not torch.isfinite(value).all():
+    if not all_finite(value):
         raise NumericsError(
             f"the calibration activations that enter layer '{name}' contain NaN or infinity; "
             "check the data and the layers before it"

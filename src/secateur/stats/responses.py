@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from secateur.core.errors import DataError, NumericsError
 from secateur.core.method import Batch
 from secateur.core.progress import Progress
+from secateur.core.select import all_finite
 from secateur.data.running import evaluating, logits
 from secateur.scores.weights import magnitude
 from secateur.structure.layers import WeightLayer, layout_of
@@ -134,7 +135,7 @@ class Probe:
             raise
         for module, own in zip(self.modules, self.own, strict=True):
             module.forward = partial(self._replay, own or partial(type(module).forward, module))
-        if not torch.isfinite(self.dense).all():
+        if not all_finite(self.dense):
             self.__exit__()
             raise NumericsError(
                 f"the output of {type(self.model).__name__} is NaN or infinite on the calibration data before "

@@ -9,11 +9,11 @@ import sys
 from dataclasses import dataclass
 from math import prod
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.core.errors import ModelError, NumericsError
+from secateur.core.select import all_finite
 from secateur.core.units import Layout, Site
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -82,7 +82,7 @@ class WeightLayer:
             NumericsError: the weight holds NaN or infinity; names the layer.
         """
         weight = self.weight
-        if not torch.isfinite(weight).all():
+        if not all_finite(weight):
             raise NumericsError(f"layer '{self.name}' has NaN or infinite weights; repair the model before pruning it")
         return to_matrix(weight, self.site.layout)
 

@@ -20,6 +20,7 @@ from secateur.allocate.spread import Spread, choose
 from secateur.core.budget import Budget, Quantity
 from secateur.core.errors import BudgetError, NumericsError, SettingsError
 from secateur.core.method import Settings
+from secateur.core.select import all_finite
 from secateur.core.units import Layout, Site
 from secateur.scores.weights import magnitude
 
@@ -134,7 +135,7 @@ class Cuts:
             NumericsError: a weight is NaN or infinite; names the layer.
         """
         for name in self.sites:
-            if not torch.isfinite(weights[name]).all():
+            if not all_finite(weights[name]):
                 raise NumericsError(f"'{name}' has NaN or infinite weights after training; lower the learning rate")
         if self.settings.reference:
             return self._reference_masks(masks, weights)

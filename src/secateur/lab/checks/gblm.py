@@ -27,8 +27,8 @@ from secateur.scores.weights import magnitude as size
 from secateur.scores.weights import wanda
 from secateur.shrink.apply import masked, stamp
 from secateur.stats.backward import Aggregate, GradientSums, gradient_walk
+from secateur.stats.layerwise import Choice, layerwise
 from secateur.stats.listeners import SecondMoment
-from secateur.stats.walker import Choice, layerwise
 from secateur.structure.layers import WeightLayer
 from secateur.zoo.perturb import rescale_llama
 

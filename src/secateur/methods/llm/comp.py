@@ -38,7 +38,7 @@ from secateur.core.distributed import total
 from secateur.core.errors import BudgetError, NumericsError, SettingsError
 from secateur.core.journal import Notes, Section, overlaid
 from secateur.core.method import Decision, Group, Method, Protocol, Task
-from secateur.core.select import keep_top
+from secateur.core.select import all_finite, keep_top
 from secateur.core.units import Site, UnitKind
 from secateur.data.batches import token_mask
 from secateur.recover.tuning import MaskTuning, Tuned
@@ -236,7 +236,7 @@ class Fine:
                 squares, energy = map(total, sums[name])
                 weight = reader.matrix(visit.tensor(reader.layer))
                 found = of_units(conditions(weight, squares, energy, self.settings.condition), reader.width)
-                if not torch.isfinite(found).all():
+                if not all_finite(found):
                     raise NumericsError(f"what enters '{reader.module}' holds NaN or infinity; check the data")
                 notes.tensors[f"scores/{name}"] = found.cpu()
             return notes

@@ -30,8 +30,8 @@ from secateur.core.units import UnitKind
 from secateur.data.batches import split_batch
 from secateur.scores import weights as score
 from secateur.stats.backward import Aggregate, GradientSums, gradient_walk
+from secateur.stats.layerwise import Choice, layerwise
 from secateur.stats.listeners import SecondMoment
-from secateur.stats.walker import Choice, layerwise
 from secateur.structure.layers import WeightLayer
 
 TINY = 1e-8  # the official code's, where gradients divide

@@ -27,8 +27,8 @@ from secateur.core.select import keep_pattern, keep_top
 from secateur.core.units import UnitKind
 from secateur.recover.obs import InverseFactor, MaskRule, inverse_factor, sweep
 from secateur.recover.quantise import minmax_grid
+from secateur.stats.layerwise import Choice, layerwise
 from secateur.stats.listeners import Hessian
-from secateur.stats.walker import Choice, layerwise
 from secateur.structure.layers import WeightLayer
 
 

@@ -23,8 +23,8 @@ from secateur.core import tags as t
 from secateur.core.method import Decision, Group, Method, Protocol, Settings, Task
 from secateur.core.units import UnitKind
 from secateur.scores import weights as score
+from secateur.stats.layerwise import Choice, layerwise
 from secateur.stats.listeners import SecondMoment
-from secateur.stats.walker import Choice, layerwise
 from secateur.structure.layers import WeightLayer
 
 

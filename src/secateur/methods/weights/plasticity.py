@@ -35,6 +35,7 @@ from secateur.core.budget import Budget
 from secateur.core.errors import NumericsError, SettingsError
 from secateur.core.method import Group, Method, Protocol, Settings
 from secateur.core.progress import track
+from secateur.core.select import all_finite
 from secateur.core.units import UnitKind
 from secateur.data.running import training
 from secateur.scores.weights import magnitude
@@ -122,7 +123,7 @@ def gradients(study: Study, state: State, k: int, loss: BatchLoss) -> State:
     with training(model, study.seed):
         found = torch.autograd.grad(loss(model, k), list(parameters.values()))
     for name, gradient in zip(parameters, found, strict=True):
-        if not torch.isfinite(gradient).all():
+        if not all_finite(gradient):
             raise NumericsError(f"the gradient of '{name}' at step {k} is NaN or infinite: nothing can be regrown")
     return {name: gradient.abs().float() for name, gradient in zip(parameters, found, strict=True)}
 
