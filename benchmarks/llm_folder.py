@@ -114,6 +114,7 @@ if name == "forward":
     print("seconds", time.perf_counter() - start)
 else:
     from secateur.streaming import prune_folder
+    from transformers import LlamaForCausalLM  # both clocks start when libraries are imported
     start = time.perf_counter()
     done = prune_folder(folder, out, name, 0.5, data=tokens, **settings)
     print("seconds", time.perf_counter() - start)
@@ -140,7 +141,7 @@ print("seconds", time.perf_counter() - start)
 
 
 def run(python: str, script: str, *arguments: str) -> tuple[float, float, list[str]]:
-    """Seconds by the script's own clock, peak GiB of its process, what it printed."""
+    """Seconds from after the imports to the end, peak GiB of the process, what it printed."""
     environment = os.environ | {"OMP_NUM_THREADS": THREADS, "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen([python, "-c", script, *arguments], stdout=output, stderr=output, env=environment)
