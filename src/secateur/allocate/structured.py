@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import ceil, floor
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ TOLERANCE = 0.01  # of the dense model's cost: how near a budget must be met
 
 Counts = dict[str, int]
 Cost = Callable[[Counts], float]
+Owners = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Scope(StrEnum):
@@ -78,9 +80,13 @@ class Widths:
         """The nearest count that is allowed."""
         step = self.step(site)
         nearest = max(1, int(count / step + 0.5)) * step
+        return min(max(nearest, self.lowest(site)), site.units)
+
+    def lowest(self, site: Site) -> int:
+        """The smallest count that is allowed."""
+        step = self.step(site)
         least = max(min(self.minimum, site.units), ceil(self.smallest_share * site.units - 1e-9))
-        lowest = -(-max(least, self.least.get(site.name, 1)) // step) * step
-        return min(max(nearest, lowest), site.units)
+        return min(-(-max(1, least, self.least.get(site.name, 1)) // step) * step, site.units)
 
 
 def normalised(scores: Mapping[str, Tensor], how: Normalise) -> dict[str, Tensor]:
@@ -127,12 +133,22 @@ class Ranking:
         self.sites, self.widths = sites, widths
         free = {name: site for name, site in sites.items() if name not in widths.fixed}
         self.pools = pools(free, widths.scope)
-        self.orders = []
-        for names in self.pools:
-            values = torch.cat([check_scores(scores[name], name).double().cpu() for name in names]).numpy()
-            owners = np.repeat(np.arange(len(names)), [sites[name].units for name in names])
-            self.orders.append(owners[np.argsort(values, kind="stable")])
+        self.orders = [self._order(names, scores) for names in self.pools]
         self.forms: dict[str, tuple[object, ...]] = {name: form_of(site) for name, site in sites.items()}
+
+    def _order(self, names: list[str], scores: Mapping[str, Tensor]) -> Owners:
+        """The sites (by place in `names`) that lose a unit, from the first loss on.
+
+        Where a site is at its floor, the next lowest unit of another one goes; units that no floor lets go come last.
+        """
+        values = torch.cat([check_scores(scores[name], name).double().cpu() for name in names]).numpy()
+        owners = np.repeat(np.arange(len(names)), [self.sites[name].units for name in names])
+        order: Owners = owners[np.argsort(values, kind="stable")]
+        held = np.zeros(len(order), dtype=bool)
+        for index, name in enumerate(names):
+            own = np.flatnonzero(order == index)
+            held[own[len(own) - self.widths.lowest(self.sites[name]) :]] = True
+        return np.concatenate([order[~held], order[held]])
 
     def counts(self, share: float, exact: bool = False) -> Counts:
         """Kept units per site when `share` of every pool goes; `exact` leaves out the rounding."""
@@ -185,8 +201,8 @@ def target_of(budget: Budget, dense: float) -> float:
     return budget.amount * dense if budget.amount <= 1 else budget.amount
 
 
-def within(ranking: Ranking, scores: Mapping[str, Tensor], budget: Budget, cost: Cost) -> Counts:
-    """Counts whose cost is the budget's, from below, within `TOLERANCE` of the dense cost.
+def reachable(ranking: Ranking, budget: Budget, cost: Cost) -> tuple[float, float]:
+    """The dense cost and the one that may stay, whatever the scores are.
 
     Raises:
         BudgetError: out of reach; gives the reachable range.
@@ -199,6 +215,16 @@ def within(ranking: Ranking, scores: Mapping[str, Tensor], budget: Budget, cost:
             f"{budget} is out of reach: the sites that may be cut allow {least / dense:.4g} to 1 of the dense "
             f"{budget.quantity} ({least:.6g} to {dense:.6g}), {target:.6g} was asked for"
         )
+    return dense, target
+
+
+def within(ranking: Ranking, scores: Mapping[str, Tensor], budget: Budget, cost: Cost) -> Counts:
+    """Counts whose cost is the budget's, from below, within `TOLERANCE` of the dense cost.
+
+    Raises:
+        BudgetError: out of reach; gives the reachable range.
+    """
+    dense, target = reachable(ranking, budget, cost)
     low, high = 0.0, 1.0  # share removed: too little, enough
     for _ in range(40):
         middle = (low + high) / 2

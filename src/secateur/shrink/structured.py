@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -18,11 +18,13 @@ from secateur.allocate.structured import (
     Cost,
     Counts,
     Normalise,
+    Ranking,
     Scope,
     Widths,
     choose_units,
     meet_cost,
     normalised,
+    reachable,
     target_of,
 )
 from secateur.core.budget import COSTS, Budget, Quantity
@@ -217,19 +219,7 @@ def decide(task: Task, settings: StructuredSettings, criterion: Criterion, only:
         ModelError: nothing can be cut, or the weights are not there.
         NumericsError: NaN scores; names the site.
     """
-    work = begin(task, settings, only)
-    if task.residency is not None and (settings.steps > 1 or work.budget.quantity is Quantity.MILLISECONDS):
-        raise SettingsError(
-            "several steps and budgets in milliseconds need the whole model in memory; use steps=1 and another budget"
-        )
-    masks = {name: torch.ones(site.units, dtype=torch.bool) for name, site in work.sites.items()}
-    scores: dict[str, Tensor] = {}
-    for step in range(1, settings.steps + 1):
-        scores = work.scores(criterion, masks)
-        masks = work.choose(scores, work.partial(step / settings.steps), masks)
-    if work.budget.quantity is Quantity.MILLISECONDS:
-        masks = work.as_measured(scores, masks)
-    return work.conclude(masks, scores)
+    return begin(task, settings, only).decided(criterion)
 
 
 def _facts(structure: Structure, sites: Mapping[str, Site], masks: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
@@ -327,6 +317,45 @@ class Work:
             least={name: least for name, least in structure.minimums.items() if name in self.sites},
             fixed=fixed,
         )
+
+    def decided(self, criterion: Criterion) -> Decision:
+        """Score and choose, on the weights as they are now; see `decide`."""
+        if self.task.residency is not None and (
+            self.settings.steps > 1 or self.budget.quantity is Quantity.MILLISECONDS
+        ):
+            raise SettingsError(
+                "several steps and budgets in milliseconds need the whole model in memory; use steps=1 and another "
+                "budget"
+            )
+        masks, scores = self.whole(), dict[str, Tensor]()
+        for step in range(1, self.settings.steps + 1):
+            scores = self.scores(criterion, masks)
+            masks = self.choose(scores, self.partial(step / self.settings.steps), masks)
+        if self.budget.quantity is Quantity.MILLISECONDS:
+            masks = self.as_measured(scores, masks)
+        return self.conclude(masks, scores)
+
+    def whole(self) -> dict[str, Tensor]:
+        """Masks that keep everything."""
+        return {name: torch.ones(site.units, dtype=torch.bool) for name, site in self.sites.items()}
+
+    def refuse_unreachable(self, scored: Collection[str]) -> None:
+        """Say before a long training that the cut at its end could not meet the budget.
+
+        Budgets in milliseconds are met by measuring, so only then.
+
+        Args:
+            scored: sites that will have scores; the others stay whole.
+
+        Raises:
+            BudgetError: out of reach whatever the scores are; gives the reachable range.
+        """
+        if self.budget.quantity is Quantity.MILLISECONDS or self.cost is None:
+            return
+        silent = {name: site.units for name, site in self.sites.items() if name not in scored}
+        widths = replace(self.widths, fixed={**silent, **self.widths.fixed})
+        equal = {name: torch.zeros(site.units) for name, site in self.sites.items()}
+        reachable(Ranking(self.sites, equal, widths), self.budget, self.cost)
 
     def choose(self, scores: Mapping[str, Tensor], budget: Budget, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Keep-masks for a budget. Sites without a score keep what they have in `masks`."""
