@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.shrink.shortcuts import RootMeanSquare, Shortcut, additions_of, attach
+from secateur.shrink.additions import additions_of, attach
+from secateur.shrink.shortcuts import RootMeanSquare, Shortcut
 
 WIDTH = 6
 

@@ -40,6 +40,14 @@ class Layout(StrEnum):
     CONV_TRANSPOSED = "conv_transposed"  # [in, out / groups, *kernel]
 
 
+class Scheme(StrEnum):
+    """Which matrix a weight `[N, C, k_h, k_w]` is seen as where its rank counts."""
+
+    CHANNEL = "channel"  # [N, C k_h k_w]; of a linear layer [N, C]
+    SPATIAL = "spatial"  # [C k_h, N k_w]
+    DECOUPLED = "decoupled"  # for each output [C, k_h k_w]
+
+
 @dataclass(frozen=True)
 class Occurrence:
     """One place where an axis shows up: index ranges along dimension `dim` of a parameter or buffer.

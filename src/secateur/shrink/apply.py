@@ -17,7 +17,6 @@ from secateur.shrink.biases import add_biases_, blank_bias, given_biases
 from secateur.shrink.cut import AttributeChange, structured, tensors_of
 from secateur.shrink.depth import Undo, blocks_of, kept_list, remove_blocks_
 from secateur.shrink.rotate import rebuild_
-from secateur.shrink.shortcuts import NAME as SHORTCUT
 from secateur.shrink.verify import cut_
 
 M = TypeVar("M", bound=nn.Module)
@@ -63,11 +62,11 @@ def _check(model: nn.Module, plan: Plan, other_weights: bool) -> None:
         for place in site.occurrences:
             if place.parameter not in tensors:
                 raise PlanError(f"the plan cuts '{place.parameter}', which this model does not have")
-    added = {f"{one['host']}.{SHORTCUT}.weight" for one in plan.additions if one["kind"] == "shortcut"}
-    added |= {f"{one['gate']}.map" for one in plan.additions if one["kind"] == "experts" and one["mapped"]}
-    for name, value in ((name, value) for name, value in plan.weights.items() if name not in added):
+    if plan.additions:
+        return  # what the weights belong to is there only once they are attached
+    for name, value in plan.weights.items():
         shape = list((tensors[name] if name in tensors else blank_bias(model, name)).shape)
-        if list(value.shape) != shape and not plan.additions:  # with additions, weights come at new sizes
+        if list(value.shape) != shape:
             raise PlanError(f"the plan gives '{name}' values {list(value.shape)}, it is {shape} in this model")
 
 

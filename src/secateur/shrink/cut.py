@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -232,6 +233,20 @@ def install(model: nn.Module, cut: Cut) -> Undo:
         forget_cached(model)
 
     return undo
+
+
+@contextlib.contextmanager
+def cut_out(model: nn.Module, plan: Plan, structure: Structure) -> Iterator[None]:
+    """The model without a plan's structured units inside the block: really smaller, not checked; for trying out.
+
+    Raises:
+        PlanError, ModelError: as for `make_cut`; the model is as it was.
+    """
+    undo = install(model, make_cut(model, plan, structure))
+    try:
+        yield
+    finally:
+        undo()
 
 
 def forget_cached(model: nn.Module) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from secateur.core.errors import ModelError, PlanError, SecateurError, UnknownNameError
+from secateur.core.errors import ModelError, PlanError, SecateurError
+from secateur.core.imports import imported
+from secateur.shrink.additions import attach
 from secateur.shrink.biases import add_biases_
 from secateur.shrink.cut import AttributeChange, set_attributes
 from secateur.shrink.depth import remove_blocks_
 from secateur.shrink.folder import BUFFERS, CARD, CONFIG, OWN, WEIGHTS, check_weights, quiet_transformers, read_config
-from secateur.shrink.shortcuts import attach
 
 TRUSTED = "secateur.zoo."
 
@@ -322,25 +321,5 @@ def _built(factory: Callable[[], nn.Module], name: str) -> nn.Module:
 
 
 def resolve_factory(path: str) -> Callable[[], nn.Module]:
-    """The callable that `module.path:name` names; the current folder is searched too, as by `python -m`.
-
-    Raises:
-        ModelError: the module cannot be imported or has no such callable.
-    """
-    module_name, colon, name = path.partition(":")
-    if not (colon and module_name and name):
-        raise ModelError(f"'{path}' is not of the form module.path:factory")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        # the user's own module runs here and may fail in any way
-        reason = f"{type(error).__name__}: {error}"
-        raise ModelError(f"cannot import '{module_name}' of the factory '{path}': {reason}") from error
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        known = [found for found, value in vars(module).items() if callable(value)]
-        raise UnknownNameError(f"factory in {module_name}", name, known)
-    result: Callable[[], nn.Module] = factory
-    return result
+    """The callable that `module.path:name` names; see `core.imports.imported`."""
+    return imported(path)

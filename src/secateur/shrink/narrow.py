@@ -132,7 +132,7 @@ class Narrow:
         )
 
     def additions(self, width: int) -> list[dict[str, Any]]:
-        """What the model gets, as `shortcuts.attach` takes it."""
+        """What the model gets, as `additions.attach` takes it."""
         found: list[dict[str, Any]] = [{"kind": "untied", "parameter": name} for name in self.tied]
         found += [
             {"kind": "norm", "module": name, "width": self.stream.width, "eps": form.eps}

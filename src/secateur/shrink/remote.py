@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from secateur.shrink import routers, shortcuts
+from secateur.shrink import additions, bypass, factorised, routers, shortcuts
 
-MODULE, SHORTCUTS, ROUTERS = "modeling_cut", "modeling_shortcuts", "modeling_routers"
+MODULE = "modeling_cut"
+COPIED = {
+    f"modeling_{one.__name__.rpartition('.')[2]}": one for one in (additions, shortcuts, routers, factorised, bypass)
+}
 
 TEMPLATE = '''"""{name} with layers of uneven widths: the plain class, resized and given biases as `CUT` says."""
 
@@ -65,17 +67,17 @@ def write_model_code(folder: Path, name: str, card: Mapping[str, Any], buffers: 
         name: the original class.
         card: its `attributes` are what changed, its `shapes` the parameters whose shape is not what the config
             builds, its `added` the parameters that the config does not build, its `additions` what
-            `shortcuts.attach` puts in.
+            `additions.attach` puts in.
         buffers: cut buffers that no weight file holds, with their values.
     """
     changes = {key: card[key] for key in ("attributes", "shapes", "added", "additions")}
     values = {key: tensor.tolist() for key, tensor in buffers.items()}
     cut = json.dumps(changes | {"buffers": values}, sort_keys=True)
-    imports, additions = "", ""
+    imports, attaching = "", ""
     if card["additions"]:
         _copy_modules(folder)
-        imports, additions = f"from .{SHORTCUTS} import attach\n", 'attach(self, CUT["additions"])\n        '
-    code = TEMPLATE.format(name=name, cut=cut, imports=imports, additions=additions)
+        imports, attaching = "from .modeling_additions import attach\n", 'attach(self, CUT["additions"])\n        '
+    code = TEMPLATE.format(name=name, cut=cut, imports=imports, additions=attaching)
     (folder / f"{MODULE}.py").write_text(code, encoding="utf-8")
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -85,9 +87,12 @@ def write_model_code(folder: Path, name: str, card: Mapping[str, Any], buffers: 
 
 def _copy_modules(folder: Path) -> None:
     """What `attach` needs, importing each other in the folder."""
-    code = Path(shortcuts.__file__).read_text(encoding="utf-8").replace(routers.__name__, f".{ROUTERS}")
-    (folder / f"{SHORTCUTS}.py").write_text(code, encoding="utf-8")
-    shutil.copyfile(routers.__file__, folder / f"{ROUTERS}.py")
+    for name, module in COPIED.items():
+        assert module.__file__ is not None
+        code = Path(module.__file__).read_text(encoding="utf-8")
+        for other, imported in COPIED.items():
+            code = code.replace(imported.__name__, f".{other}")
+        (folder / f"{name}.py").write_text(code, encoding="utf-8")
 
 
 def auto_class(name: str) -> str:

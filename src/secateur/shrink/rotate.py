@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.core.errors import PlanError
 from secateur.core.units import Layout
+from secateur.shrink.additions import attach
 from secateur.shrink.biases import add_biases_
 from secateur.shrink.cut import Cut, Undo, descriptions, install, tensors_of
-from secateur.shrink.shortcuts import attach
 from secateur.structure.layers import layout_of, to_matrix
 from secateur.structure.norms import NormForm
 
@@ -87,14 +88,25 @@ def rebuild_(
     Args:
         model: the dense model.
         weights: parameter, also of an addition or an absent bias -> value.
-        additions: as `shortcuts.attach` takes them.
+        additions: as `additions.attach` takes them.
 
     Returns:
         A function that puts everything back, and the changed attributes for a loader.
+
+    Raises:
+        PlanError: the model has nothing of the name that an addition or a value has; nothing was changed.
     """
-    detach = attach(model, additions)
+    try:
+        detach = attach(model, additions)
+    except AttributeError as error:
+        raise PlanError(f"the plan adds to what {type(model).__name__} does not have: {error}") from error
     unbias = add_biases_(model, [name for name in weights if name.rpartition(".")[2] == "bias"])
     tensors = tensors_of(model)
+    unknown = weights.keys() - tensors.keys()
+    if unknown:
+        unbias()
+        detach()
+        raise PlanError(f"the plan gives values to '{min(unknown)}', which {type(model).__name__} does not have")
     values = {name: value.detach().to(tensors[name].device, tensors[name].dtype) for name, value in weights.items()}
     changes = descriptions(model, values, set())
     put_back = install(model, Cut({name: torch.clone(value) for name, value in values.items()}, changes))

@@ -109,3 +109,20 @@ def _set(owner: Any, name: str, value: Any) -> Undo:
 def _put(model: nn.Module, name: str, module: nn.Module) -> Undo:
     owner, _, leaf = name.rpartition(".")
     return _set(model.get_submodule(owner), leaf, module)
+
+
+def routers_in(model: nn.Module) -> list[dict[str, Any]]:
+    """The mapped routers that a model has, as `attach_experts` wants them; their experts are gone already."""
+    return [
+        {
+            "kind": "experts",
+            "gate": name,
+            "members": "",
+            "kept": module.kept,
+            "chosen": module.chosen,
+            "mapped": True,
+            "attributes": [],
+        }
+        for name, module in model.named_modules()
+        if isinstance(module, MappedRouter)
+    ]

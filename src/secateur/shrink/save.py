@@ -18,6 +18,7 @@ from secateur.core.units import UnitKind
 from secateur.data.batches import run
 from secateur.data.probe import probe_for
 from secateur.data.running import device_of, evaluating
+from secateur.shrink.additions import additions_of, attach
 from secateur.shrink.biases import given_biases
 from secateur.shrink.cut import odd_attributes, structured
 from secateur.shrink.depth import kept_list, renumbered
@@ -26,7 +27,6 @@ from secateur.shrink.layout import plain_config, runtimes
 from secateur.shrink.load import layout_of_folder, load, read_tensors, steps_of
 from secateur.shrink.pattern import check_patterns
 from secateur.shrink.remote import write_model_code
-from secateur.shrink.shortcuts import additions_of, attach
 from secateur.shrink.verify import difference, float_tensors
 
 TOLERANCE = 1e-5

@@ -2,19 +2,16 @@
 
 A pre-norm block computes h + f(norm(h)). When the stream h changes its basis between two additions, the
 block must compute h S + f(norm(h)). `Shortcut` does that inside the plain forward code: it notes what enters
-the norm and turns what is added from f into f + h S - h. This file and `routers.py`, whose mapped routers are
-attached here too, need torch alone, because saved folders carry copies for users of `trust_remote_code`.
+the norm and turns what is added from f into f + h S - h. Torch alone, for copies in saved folders.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from secateur.shrink.routers import MappedRouter, attach_experts
 
 Undo = Callable[[], None]
 NAME = "shortcut"  # of the submodule of the module whose output is added
@@ -95,40 +92,8 @@ def _with_first(output: Any, first: Tensor) -> Any:
     return type(output)((first, *output[1:])) if isinstance(output, (tuple, list)) else first
 
 
-def attach(model: nn.Module, additions: Iterable[dict[str, Any]]) -> Undo:
-    """Put shortcuts, norms and untied parameters into a model, in place; shortcuts are still to get their values.
-
-    Args:
-        model: the plain model.
-        additions: `{"kind": "norm", "module", "width", "eps"}` for a norm to be replaced by `RootMeanSquare`;
-            `{"kind": "shortcut", "host", "norm", "block", "shape"}`, with the names of the module whose output is
-            added, of the norm that the stream enters, and of the block if it returns a wider stream (else None);
-            `{"kind": "untied", "parameter"}` for a parameter that gets values of its own; `{"kind": "experts", ...}`
-            for fewer experts and their router, see `routers.attach_experts`.
-
-    Returns:
-        A function that takes everything out again.
-
-    Raises:
-        AttributeError: the model has no module or parameter of such a name.
-    """
-    makers = {"norm": _attach_norm, "shortcut": _attach_shortcut, "untied": _untie, "experts": attach_experts}
-    undo: list[Undo] = []
-
-    def put_back() -> None:
-        for one in reversed(undo):
-            one()
-
-    try:
-        for addition in additions:
-            undo += makers[addition["kind"]](model, addition)
-    except BaseException:
-        put_back()
-        raise
-    return put_back
-
-
-def _attach_norm(model: nn.Module, addition: dict[str, Any]) -> list[Undo]:
+def attach_norm(model: nn.Module, addition: dict[str, Any]) -> list[Undo]:
+    """Put `RootMeanSquare` in the place of a norm: `{"kind": "norm", "module", "width", "eps"}`."""
     owner, _, leaf = addition["module"].rpartition(".")
     parent, before = model.get_submodule(owner), model.get_submodule(addition["module"])
     norm = RootMeanSquare(addition["width"], addition["eps"])
@@ -137,7 +102,12 @@ def _attach_norm(model: nn.Module, addition: dict[str, Any]) -> list[Undo]:
     return [lambda: setattr(parent, leaf, before)]
 
 
-def _attach_shortcut(model: nn.Module, addition: dict[str, Any]) -> list[Undo]:
+def attach_shortcut(model: nn.Module, addition: dict[str, Any]) -> list[Undo]:
+    """Put a shortcut in: `{"kind": "shortcut", "host", "norm", "block", "shape"}`.
+
+    The names are those of the module whose output is added, of the norm that the stream enters, and of the block if it
+    returns a wider stream (else None).
+    """
     host, norm = model.get_submodule(addition["host"]), model.get_submodule(addition["norm"])
     like = next(model.get_submodule(addition["host"]).parameters())
     shortcut = Shortcut(torch.empty(addition["shape"], dtype=like.dtype, device=like.device))
@@ -149,7 +119,8 @@ def _attach_shortcut(model: nn.Module, addition: dict[str, Any]) -> list[Undo]:
     return [lambda: delattr(host, NAME), *(handle.remove for handle in handles)]
 
 
-def _untie(model: nn.Module, addition: dict[str, Any]) -> list[Undo]:
+def untie(model: nn.Module, addition: dict[str, Any]) -> list[Undo]:
+    """Give a parameter values of its own: `{"kind": "untied", "parameter"}`."""
     owner, _, leaf = addition["parameter"].rpartition(".")
     module = model.get_submodule(owner)
     tied = getattr(module, leaf)
@@ -162,21 +133,19 @@ def _untie(model: nn.Module, addition: dict[str, Any]) -> list[Undo]:
     return undo
 
 
-def additions_of(model: nn.Module) -> list[dict[str, Any]]:
-    """The norms, shortcuts and mapped routers that a model has, as `attach` wants them, under the names of now."""
+def shortcuts_in(model: nn.Module) -> list[dict[str, Any]]:
+    """The norms and shortcuts that a model has, as `attach_norm` and `attach_shortcut` want them."""
     names = {id(module): name for name, module in model.named_modules()}
     norms: dict[int, str] = {}
     blocks: dict[int, str] = {}
     for name, module in model.named_modules():
         norms |= {id(owner): name for owner in _hooking(module._forward_pre_hooks, "note")}
         blocks |= {id(owner): name for owner in _hooking(module._forward_hooks, "widen")}
-    found: list[dict[str, Any]] = []
-    for name, module in model.named_modules():
-        if isinstance(module, MappedRouter):
-            sizes = {"kept": module.kept, "chosen": module.chosen}
-            found.append({"kind": "experts", "gate": name, "members": "", **sizes, "mapped": True, "attributes": []})
-        if isinstance(module, RootMeanSquare):
-            found.append({"kind": "norm", "module": name, "width": module.width, "eps": module.eps})
+    found: list[dict[str, Any]] = [
+        {"kind": "norm", "module": name, "width": module.width, "eps": module.eps}
+        for name, module in model.named_modules()
+        if isinstance(module, RootMeanSquare)
+    ]
     for module in model.modules():
         if isinstance(module, Shortcut):
             host = names[id(module)].rpartition(".")[0]

@@ -139,6 +139,18 @@ def weight_places(view: View, members: Members = Members.ALL, biases: bool = Fal
     return found
 
 
+def norm_places(view: View) -> set[tuple[str, int]]:
+    """The (parameter, dimension) pairs of the scales of batch norms in which a view's units stand."""
+    modules = dict(view.model.named_modules())
+    found = set()
+    for site in view.sites.values():
+        for place in site.occurrences:
+            owner, _, leaf = place.parameter.rpartition(".")
+            if leaf == "weight" and "BatchNorm" in type(modules.get(owner)).__name__:
+                found.add((place.parameter, place.dim))
+    return found
+
+
 def wanted_sites(
     structure: Structure, task: Task, settings: StructuredSettings, only: Filter | None
 ) -> dict[str, Site]:

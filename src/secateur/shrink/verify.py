@@ -83,13 +83,7 @@ def _outputs(model: nn.Module, batch: Batch) -> Any:
 
 def copied(batch: Batch) -> Batch:
     """The same inputs in memory of their own: some models write into them."""
-
-    def clone(item: Any) -> Any:
-        return item.clone() if isinstance(item, Tensor) else item
-
-    return Batch(
-        tuple(map(clone, batch.args)), {name: clone(item) for name, item in batch.kwargs.items()}, batch.target
-    )
+    return batch.each(lambda item: item.clone() if isinstance(item, Tensor) else item)
 
 
 @contextlib.contextmanager

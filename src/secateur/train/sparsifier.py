@@ -314,12 +314,14 @@ class Sparsifier:
         return Plan(
             sites=decision.sites,
             masks={name: mask.cpu() for name, mask in decision.masks.items()},
+            weights={name: value.cpu() for name, value in decision.weights.items()},
             scores={name: score.cpu() for name, score in decision.scores.items()},
             provenance=(self.order.provenance(type(self.model).__name__),),
             planned_on=values,
             applied=dict(values) if all(site.kind is UnitKind.WEIGHT for site in decision.sites.values()) else {},
             warnings=(*self.warnings, *decision.warnings),
             facts=decision.facts,
+            additions=tuple(decision.additions),
         )
 
     def decision(self) -> Decision:
