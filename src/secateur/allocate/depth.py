@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 from torch import Tensor
 
+from secateur.allocate.structured import Scope, Widths, choose_units
+from secateur.core.budget import Budget
 from secateur.core.errors import BudgetError
 from secateur.core.method import Decision, Task
 from secateur.core.units import Site, UnitKind
@@ -46,9 +51,7 @@ def depth_decision(task: Task, stack: Stack, keep: Tensor, scores: Tensor, facts
     protected = [stack.names[index] for index in gone if not task.wants(stack.names[index])]
     if protected:
         raise BudgetError(f"{len(gone)} of {len(keep)} blocks cannot go without the excluded '{protected[0]}'")
-    cost = tuple(sum(p.numel() for p in block.parameters()) for block in stack.blocks)
-    site = Site(stack.name, UnitKind.BLOCK, (len(stack.blocks),), cost=cost)
-    decision = Decision(sites={stack.name: site}, masks={stack.name: keep})
+    decision = Decision(sites={stack.name: block_site(stack)}, masks={stack.name: keep})
     decision.facts[stack.name] = facts
     if task.keep_scores:
         decision.scores[stack.name] = scores
@@ -58,3 +61,26 @@ def depth_decision(task: Task, stack: Stack, keep: Tensor, scores: Tensor, facts
         if index in gone
     ]
     return decision
+
+
+def block_site(stack: Stack) -> Site:
+    """The site of a list of blocks, each worth its own parameters."""
+    cost = tuple(sum(p.numel() for p in block.parameters()) for block in stack.blocks)
+    return Site(stack.name, UnitKind.BLOCK, (len(stack.blocks),), cost=cost)
+
+
+def keep_without(
+    scores: Mapping[str, Tensor], sites: Mapping[str, Site], remove: int, widths: Widths
+) -> dict[str, Tensor]:
+    """Keep-masks without the `remove` lowest units of one ranking over all sites; of equal ones the earlier goes.
+
+    Where a site is at its least, the next lowest unit of another one goes.
+
+    Args:
+        scores: site -> `[units]`; infinite where a unit should stay as long as any other can go.
+        sites: the same names.
+        remove: units that go.
+        widths: what each site keeps at least.
+    """
+    total = sum(site.units for site in sites.values())
+    return choose_units(sites, scores, Budget(remove / total), replace(widths, scope=Scope.GLOBAL))

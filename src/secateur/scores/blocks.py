@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
 import torch
@@ -53,3 +54,26 @@ def influence(before: Tensor, after: Tensor, how: Influence) -> Tensor:
         case _:
             change = (after.double() - before.double()).flatten(0, -2)
             return change.square().mean(-1) if how is Influence.MSE else change.abs().mean(-1)
+
+
+class Aggregate(StrEnum):
+    """How the scores of a block's weights become one."""
+
+    SUM = "sum"
+    MEAN = "mean"
+
+
+def of_blocks(scores: Mapping[str, Tensor], blocks: Sequence[str], how: Aggregate) -> Tensor:
+    """One score for every block from those of its weights, `[blocks]` float64, signs kept.
+
+    Args:
+        scores: parameter name -> a score for each of its weights.
+        blocks: qualified names; a block without a scored weight gets 0.
+        how: the sum over its weights, or their mean.
+    """
+    found = torch.zeros(len(blocks), dtype=torch.float64)
+    for index, block in enumerate(blocks):
+        own = [score for name, score in scores.items() if name.startswith(f"{block}.")]
+        weights = sum(score.numel() for score in own) if how is Aggregate.MEAN else 1
+        found[index] = sum(float(score.double().sum()) for score in own) / max(1, weights)
+    return found

@@ -1,7 +1,8 @@
-"""How much single blocks matter: from the scores of their weights, from their outputs, from predictions without them."""
+"""How much whole blocks matter: by the scores of their weights, their outputs, or predictions without them."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from enum import StrEnum
 
@@ -16,7 +17,15 @@ from secateur.data.batches import drawn
 from secateur.data.running import logits
 from secateur.scores.blocks import Aggregate, of_blocks
 from secateur.scores.pls import importance_in_projection
-from secateur.scores.sensitivity import GRASP_PER_CLASS, GRASP_TEMPERATURE, SNIP_SAMPLES, grasp, halves, snip
+from secateur.scores.sensitivity import (
+    GRASP_PER_CLASS,
+    GRASP_TEMPERATURE,
+    SNIP_SAMPLES,
+    grasp,
+    halves,
+    redraw_xavier,
+    snip,
+)
 from secateur.scores.weights import magnitude, uniform_random
 from secateur.shrink.depth import without_blocks
 from secateur.stats.block_outputs import block_outputs, mean_absolute, pooled
@@ -94,16 +103,23 @@ def weight_scores(task: Task, settings: BlockCriterionSettings) -> dict[str, Ten
             return snip(task.model, _batch(task, settings), list(layers), task.progress)
         case Criterion.GRASP:
             parts = halves(task.batches, settings.per_class, task.rng("grasp", "batch"))
-            head = list(layers)[-1]
-            fresh = settings.fresh_head and isinstance(layers[head].module, nn.Linear)
-            redraw = {head: task.rng("grasp", "head")} if fresh else {}
-            return grasp(task.model, parts, list(layers), settings.temperature, redraw)
+            return grasp(_fresh_head(task, settings, list(layers)[-1]), parts, list(layers), settings.temperature)
         case Criterion.L1:
             return {name: magnitude(layer.weight) for name, layer in layers.items()}
         case Criterion.RANDOM:
             return {n: uniform_random(tuple(one.weight.shape), task.rng("weights", n)) for n, one in layers.items()}
         case _:
             raise SettingsError(f"criterion={settings.criterion} scores whole blocks and no weights; give another one")
+
+
+def _fresh_head(task: Task, settings: BlockCriterionSettings, head: str) -> nn.Module:
+    """The model, or a copy whose last layer, where it is linear, is drawn anew, as the official code of GraSP does."""
+    linear = isinstance(task.model.get_submodule(head.rpartition(".")[0]), nn.Linear)
+    if not settings.fresh_head or not linear:
+        return task.model
+    clone = copy.deepcopy(task.model)
+    redraw_xavier(clone, [head], lambda name: task.rng("grasp", "head", name))
+    return clone
 
 
 def _batch(task: Task, settings: BlockCriterionSettings) -> Batch:
@@ -124,7 +140,7 @@ def _projections(task: Task, settings: BlockCriterionSettings, names: Sequence[s
     outputs = block_outputs(task.model, [batch], names, pooled, task.progress)
     features = torch.cat([outputs[name] for name in names], 1)
     found = importance_in_projection(features, batch.target.cpu(), settings.components)
-    return torch.stack([part.mean() for part in found.split([outputs[name].shape[1] for name in names])])
+    return torch.stack([part.mean() for part in torch.split(found, [outputs[name].shape[1] for name in names])])
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from secateur.allocate.depth import keep_above_lowest
+from secateur.allocate.depth import keep_without
+from secateur.allocate.structured import Widths
 from secateur.core.budget import Budget
 from secateur.core.errors import ModelError
 from secateur.core.method import Batch, Task
@@ -74,7 +75,8 @@ class InnerFilters:
             per_filter = scores[name].double().movedim(dim, 0).flatten(1)
             return per_filter.mean(1) if how is Aggregate.MEAN else per_filter.sum(1)
 
-        masks = keep_above_lowest(group_scores(self.sites, vector), min(remove, self.room), self.least)
+        chosen = group_scores(self.sites, vector)
+        masks = keep_without(chosen, self.sites, min(remove, self.room), Widths(least=self.least))
         plan = Plan(dict(self.sites), masks, example=describe_example(self.example))
         stamp(self.model, plan)
         return plan

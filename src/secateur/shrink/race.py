@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
-import torch
 from pydantic import Field
 from torch import nn
 
 from secateur.core.errors import SettingsError
 from secateur.core.method import Settings
-from secateur.data.batches import as_batches, joined
+from secateur.data.batches import as_batches
 from secateur.data.dataset import DataKind, Dataset
 from secateur.measure.flops import flops
 from secateur.measure.robustness import robustness
@@ -27,7 +26,7 @@ from secateur.train.study import State, Study
 from secateur.train.tickets import gain
 
 Row = dict[str, Any]
-BATCH = 64  # samples of a timed step where `fit` has no recipe
+BATCH = 64  # samples of a timed step where `fit` has no recipe; SGD with momentum then
 DENSE = "dense"
 
 
@@ -120,16 +119,13 @@ class Race:
         ended = [self.trained(entrant) for entrant in everyone]
         times = self.once("times", lambda: self._times(everyone))
         figures = [self._figures(entrant, *end) for entrant, end in zip(everyone, ended, strict=True)]
-        rows = []
-        for entrant, figure in zip(everyone, figures, strict=True):
-            cost = self._cost(entrant, times)
-            rows.append(
-                {"seed": self.seed, "network": entrant.network, "start": entrant.start}
-                | dict(entrant.facts)
-                | self._against(figure, figures[0])
-                | cost
-            )
-        return rows
+        return [
+            {"seed": self.seed, "network": entrant.network, "start": entrant.start}
+            | dict(entrant.facts)
+            | self._against(figure, figures[0])
+            | self._cost(entrant, times)
+            for entrant, figure in zip(everyone, figures, strict=True)
+        ]
 
     # --- what is measured -------------------------------------------------------------------------
 
@@ -148,12 +144,13 @@ class Race:
         return found
 
     def _times(self, everyone: Sequence[Entrant]) -> dict[str, float]:
-        recipe = getattr(self.study.fit, "recipe", None)
-        known = isinstance(recipe, Recipe)
-        batch = joined(as_batches(self.train_data(), recipe.batch if known else BATCH)[:1])
-        optimizers = recipe.make_optimizer if known else (lambda model: torch.optim.SGD(model.parameters(), 0.1, 0.9))
+        given = getattr(self.study.fit, "recipe", None)
+        recipe = given if isinstance(given, Recipe) else Recipe(batch=BATCH)
+        batch = as_batches(self.train_data(), recipe.batch)[0]
         models = {entrant.name: entrant.make() for entrant in everyone}
-        return step_times(models, batch, optimizers, repeats=self.settings.repeats, progress=self.study.progress)
+        return step_times(
+            models, batch, recipe.make_optimizer, repeats=self.settings.repeats, progress=self.study.progress
+        )
 
     def _cost(self, entrant: Entrant, times: Mapping[str, float]) -> Row:
         own, dense = times[entrant.name], times[DENSE]
@@ -171,7 +168,7 @@ class Race:
 
     def _figures(self, entrant: Entrant, model: nn.Module, metrics: Mapping[str, float]) -> Row:
         def make() -> Row:
-            example = joined(as_batches(self.train_data(), 2)[:1])
+            example = as_batches(self.train_data(), 2)[0]
             found: Row = {"parameters": parameters(model), "flops": flops(model, example)}
             if self.data is not None:
                 dense, _ = self.trained(self.dense)

@@ -13,6 +13,7 @@ from secateur.structure.analysis import Structure
 from secateur.structure.dims import axes, size
 from secateur.structure.kinds import OUT_DIM
 from secateur.structure.layers import layout_of
+from secateur.structure.removable import residual_blocks
 
 
 class Costs(StrEnum):
@@ -43,19 +44,8 @@ class Gated:
 
 
 def gateable(model: nn.Module, structure: Structure) -> list[str]:
-    """Blocks of convolutions that add what they compute to their unchanged input, in the model's order.
-
-    They stand in lists inside the model, from which they can be taken out; blocks inside of blocks are left alone.
-    """
-    found = {name for names in structure.blocks.values() for name in names}
-    ordered: list[str] = []
-    for name, block in model.named_modules():
-        stack = name.rpartition(".")[0]
-        listed = bool(stack) and isinstance(model.get_submodule(stack), (nn.Sequential, nn.ModuleList))
-        inside = any(name.startswith(f"{outer}.") for outer in ordered)
-        if name in found and listed and not inside and not isinstance(block, nn.Sequential) and block_channels(block):
-            ordered.append(name)
-    return ordered
+    """Blocks of convolutions that add what they compute to their unchanged input, in the model's order."""
+    return [name for name in residual_blocks(model, structure) if block_channels(model.get_submodule(name))]
 
 
 def block_channels(block: nn.Module) -> int:

@@ -1,0 +1,357 @@
+"""Layer lottery: all tickets win at initialisation (Jordao et al. 2023, ICCV workshop, arXiv 2301.10835).
+
+A residual block computes y = f(x) + x; without f it is y = x, so the block can go, and its time with it. Before any
+training every block is scored by one batch, as the sum over its weights of
+
+    snip    |w dL/dw|
+    grasp   w (H g), signed: what the gradient's norm would lose with w
+
+and the p lowest of one ranking over all stages go. The rest keeps its own initial weights and is trained by the
+recipe of the dense network: `sc.plan` is the cut, `sc.study` the experiment. `version=trained` is the classic
+lottery: train the dense network, score (also by outputs: `expect_abs`, `kl`, `pls`), put the rest back to its weights
+of step i, train from i to the end at the rates of those steps; `rewind_to=lr` puts back the rates alone.
+
+No code was released. Reconstructed: the sum over a block's weights (with `aggregate=mean` SNIP empties the last stage),
+the batch of SNIP, blocks' outputs as their features. Spared are blocks that change the shape and, if `strict`, those
+that run directly before and after a change of resolution. A list never becomes empty: its best block stays. After the
+sum, post-activation blocks have a ReLU that goes too, which changes nothing where their input is not negative. Random
+tickets win in the paper as well: the finding is that some blocks are not needed, not that a criterion is.
+
+Extras of a study: `train`, samples to score with (default: those of the `Fitting`), `data`, held-out samples for
+similarity and robustness, `example`. Energy and CO2 are estimates from measured step times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from enum import StrEnum
+from functools import partial
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from secateur.allocate.depth import block_site, keep_without
+from secateur.allocate.structured import Widths
+from secateur.core import tags as t
+from secateur.core.budget import Budget
+from secateur.core.errors import BudgetError, ModelError, NumericsError, SettingsError
+from secateur.core.method import Decision, Group, Method, Protocol, Task
+from secateur.core.plan import Plan
+from secateur.core.seeding import seeded
+from secateur.core.units import UnitKind
+from secateur.data.batches import as_batches
+from secateur.data.example import example_for
+from secateur.data.running import evaluating
+from secateur.shrink.apply import apply_, stamp
+from secateur.shrink.block_criteria import BlockCriterionSettings, Criterion, block_scores, weight_scores
+from secateur.shrink.depth import kept_list, remove_blocks_, renumbered
+from secateur.shrink.filters import InnerFilters, count_filters
+from secateur.shrink.race import Entrant, Race, RaceSettings, copied, judged
+from secateur.structure.analysis import analyse
+from secateur.structure.removable import Removable, removable
+from secateur.train.controls import reinitialised
+from secateur.train.snapshot import model_state
+from secateur.train.sparsifier import Order
+from secateur.train.study import Findings, Masks, RewindTo, State, Study
+
+
+class Version(StrEnum):
+    """When blocks are scored."""
+
+    INITIAL = "initial"  # before any training, the paper's proposal
+    TRAINED = "trained"  # after a dense training; what stays goes back to an earlier step
+
+
+class Control(StrEnum):
+    """What is trained beside a ticket."""
+
+    RANDOM = "random"  # as many random blocks gone
+    REINIT = "reinit"  # the ticket from another draw of the initial weights
+    FILTERS = "filters"  # all blocks there, but as few filters as the ticket has
+
+
+class LayerLotterySettings(BlockCriterionSettings, RaceSettings):
+    """Defaults: GraSP at initialisation, without the blocks that the paper spares."""
+
+    strict: bool = Field(True, description="spare the blocks directly before and after a change of resolution")
+    p: tuple[int, ...] = Field((), description="blocks that go, instead of a sparsity (say 0); a study tries each")
+    version: Version = Field(Version.INITIAL, description="study: initial (paper) or trained (classic lottery)")
+    rewind: tuple[float, ...] = Field((0.0,), description="trained: shares of the training to go back to, each tried")
+    rewind_to: RewindTo = Field(RewindTo.STEP, description="trained: step (weights and rates) or lr (rates alone)")
+    controls: tuple[Control, ...] = Field((), description="study: random, reinit, filters, beside each ticket")
+
+    @property
+    def uses_example(self) -> bool:
+        """The structure is found in a run."""
+        return True
+
+
+# --- the cut -----------------------------------------------------------------------------------------
+
+
+def plan(task: Task, settings: LayerLotterySettings) -> Decision:
+    """Score every block that can go, remove the lowest."""
+    if len(settings.p) > 1:
+        raise SettingsError(f"one plan removes one number of blocks, p={settings.p}; sc.study tries several")
+    lists = candidates(task, settings)
+    (count,) = amounts(task.budget, settings, lists)
+    found = without_lowest(lists, block_scores(task, settings, lists), count, task.budget.floor)
+    if settings.criterion is Criterion.L1:
+        found.warnings.append("l1 tells stages apart and not blocks: all that goes comes from the narrow early stages")
+    return found if task.keep_scores else _without_scores(found)
+
+
+def candidates(task: Task, settings: LayerLotterySettings) -> list[Removable]:
+    """The lists of residual blocks, and which of these can go.
+
+    Raises:
+        ModelError: there are none.
+    """
+    assert task.example is not None  # `uses_example`
+    structure = analyse(task.model, task.example)
+    found = removable(task.model, structure, task.example, strict=settings.strict, wants=task.wants)
+    if not found:
+        raise ModelError(
+            f"{type(task.model).__name__} has no residual blocks: layer_lottery takes out blocks that add what they "
+            "compute to their input and stand in an nn.Sequential or nn.ModuleList inside the model, as in a ResNet "
+            "or a transformer; for plain networks use a method that removes channels"
+        )
+    return found
+
+
+def amounts(budget: Budget, settings: LayerLotterySettings, lists: list[Removable]) -> tuple[int, ...]:
+    """How many blocks go: the budget's number, a share of those that can, or each p.
+
+    Raises:
+        BudgetError: out of reach, or two answers.
+    """
+    budget, free = budget.of(UnitKind.BLOCK), sum(len(one.free) for one in lists)
+    if budget.pattern:
+        raise BudgetError("layer_lottery removes blocks; an N:M pattern does not apply to it")
+    asked = free - budget.keep(free)
+    if settings.p and budget.amount != 0:
+        raise BudgetError(f"give either p={settings.p} or {budget}; beside p the sparsity is 0")
+    room = sum(min(len(one.free), len(one.stack.blocks) - max(1, budget.floor)) for one in lists)
+    most = max(0, min(free - 1, room))
+    least = 0 if budget.amount == 0 and not settings.p else 1
+    for count in settings.p or (asked,):
+        if not least <= count <= most:
+            more = "; strict=false adds those next to a change of resolution" if settings.strict else ""
+            raise BudgetError(
+                f"cannot remove {count} of the {free} residual blocks that may go: 1 to {most} are in reach, since one "
+                f"of them, and one block of every list, must stay{more}"
+            )
+    return settings.p or (asked,)
+
+
+def without_lowest(lists: list[Removable], scores: Mapping[str, float], count: int, floor: int = 0) -> Decision:
+    """The `count` lowest of one ranking over all lists go; facts say from where.
+
+    Raises:
+        NumericsError: all blocks score the same, which ranks nothing.
+    """
+    if count and len(set(scores.values())) == 1:
+        raise NumericsError(
+            f"all {len(scores)} blocks score {next(iter(scores.values())):g}, which ranks nothing; check that they are "
+            "used and that data and labels vary"
+        )
+    found = Decision(sites={one.stack.name: block_site(one.stack) for one in lists})
+    for one in lists:
+        numbers = [scores[name] if i in one.free else torch.inf for i, name in enumerate(one.stack.names)]
+        found.scores[one.stack.name] = torch.tensor(numbers, dtype=torch.float64)
+    found.masks = keep_without(found.scores, found.sites, count, Widths(minimum=max(1, floor)))
+    for one in lists:
+        gone = int((~found.masks[one.stack.name]).sum())
+        own = {f"score_{index}": scores[one.stack.block_name(index)] for index in one.free}
+        found.facts[one.stack.name] = {"candidates": len(one.free), "victims": gone, **own}
+    return found
+
+
+def _without_scores(found: Decision) -> Decision:
+    found.scores = {}
+    return found
+
+
+# --- the experiment ----------------------------------------------------------------------------------
+
+
+def lottery(study: Study, settings: LayerLotterySettings) -> Findings:
+    """Tickets of every p, trained beside the dense network of their seed; one row per network."""
+    draws = [_Draw(study, settings, draw) for draw in range(settings.seeds)]
+    rows, summary = judged([row for draw in draws for row in draw.rows()], settings, study.metric)
+    tickets = [one for one in summary if one["network"] == TICKET]
+    good = [one for one in tickets if one["winning"]]
+    chosen = max(good, key=lambda one: one["p"]) if good else min(tickets, key=lambda one: one["p"])
+    state, cut = draws[0].result(chosen["p"], chosen["start"])
+    return Findings(
+        rows,
+        {"chosen": {name: chosen[name] for name in ("p", "start", "winning")}, "tickets": summary},
+        state=state,
+        warnings=list(_caveats(study, settings)),
+        plan=cut,
+    )
+
+
+TICKET = "ticket"
+
+
+class _Draw:
+    """Everything under one seed."""
+
+    def __init__(self, study: Study, settings: LayerLotterySettings, draw: int):
+        self.study, self.settings, self.draw, self.race = study, settings, draw, Race(study, settings, draw)
+        data, initial = self.race.train_data(), self.race.dense.make()
+        self.initial, self.scored = model_state(initial), initial
+        example = example_for(initial, study.extras.get("example", data))
+        task = Task(initial, study.budget, seed=self.race.seed, include=study.include, exclude=study.exclude)
+        self.task = Task(**{**vars(task), "batches": as_batches(data), "example": example, "progress": study.progress})
+        self.lists = candidates(self.task, settings)
+        self.amounts = amounts(study.budget, settings, self.lists)
+        self.starts = self._starts()
+        if settings.version is Version.TRAINED:
+            self.scored, _ = self.race.trained(self.race.dense)
+            self.task = Task(**{**vars(self.task), "model": self.scored})
+        self.scores: dict[str, float] = self.race.once("scores", partial(self._scored, block_scores, self.lists))
+
+    def _starts(self) -> list[int]:
+        """Steps that tickets are put back to."""
+        own = self.settings
+        if own.version is Version.INITIAL:
+            if own.rewind != (0.0,) or own.rewind_to is not RewindTo.STEP:
+                raise SettingsError("a ticket found at initialisation starts there; rewind is for version=trained")
+            return [0]
+        if own.rewind_to not in (RewindTo.STEP, RewindTo.LR) or not all(0 <= share < 1 for share in own.rewind):
+            raise SettingsError(
+                f"rewind={own.rewind} must be shares in [0, 1) of the training and rewind_to step or lr, got "
+                f"{own.rewind_to}"
+            )
+        return sorted({round(share * self.study.steps) for share in own.rewind})
+
+    def _scored(self, score: Callable[..., Any], *more: Any) -> Any:
+        with evaluating(self.task.model), seeded(self.race.seed):
+            return score(self.task, self.settings, *more)
+
+    def masks(self, p: int) -> Masks:
+        """What stays of every list."""
+        return dict(without_lowest(self.lists, self.scores, p, self.study.budget.floor).masks)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All networks of this seed."""
+        return self.race.rows([one for start in self.starts for p in self.amounts for one in self.entrants(p, start)])
+
+    def entrants(self, p: int, start: int) -> Iterator[Entrant]:
+        """A ticket and its controls."""
+        masks = self.masks(p)
+        yield self.entrant(TICKET, p, start, masks)
+        for control in self.settings.controls:
+            match control:
+                case Control.RANDOM:
+                    rng = self.task.rng("layer_lottery", "random", str(p))
+                    drawn = torch.rand(len(self.scores), generator=rng, dtype=torch.float64).tolist()
+                    other = without_lowest(self.lists, dict(zip(self.scores, drawn, strict=True)), p)
+                    yield self.entrant(control, p, start, dict(other.masks))
+                case Control.REINIT:
+                    if start == self.starts[0]:  # from new weights there is no step to go back to
+                        yield self.entrant(control, p, 0, masks, reinitialised(self.study, self.draw))
+                case _:
+                    yield self.fewer_filters(p, start, masks)
+
+    def entrant(self, network: str, p: int, start: int, masks: Masks, state: State | None = None) -> Entrant:
+        """A network without blocks."""
+        gone = [f"{name}.{i}" for name, keep in masks.items() for i, stays in enumerate(keep.tolist()) if not stays]
+        victims = {name: int((~keep).sum()) for name, keep in masks.items()}
+
+        def make() -> nn.Module:
+            return _without(copied(self.race.dense.make(), state or self.before(start)), masks)
+
+        return Entrant(str(network), make, start, {"p": p, "removed": gone, "victims": victims})
+
+    def fewer_filters(self, p: int, start: int, masks: Masks) -> Entrant:
+        """All blocks, but only as many filters as the ticket has."""
+        model, example = self.scored, self.task.example
+        assert example is not None
+        blocks = [name for one in self.lists for name in one.stack.names]
+        inner = InnerFilters(model, example, analyse(model, example), blocks)
+        surplus = count_filters(model) - count_filters(_without(copied(model, model_state(model)), masks))
+        cut = inner.lowest(self._scored(weight_scores), surplus, self.settings.aggregate)
+
+        def make() -> nn.Module:
+            dense = copied(self.race.dense.make(), self.before(start))
+            return apply_(dense, cut, other_weights=True, example=example)
+
+        missing = max(0, surplus - inner.room)
+        return Entrant(str(Control.FILTERS), make, start, {"p": p, "filters": surplus - missing, "missing": missing})
+
+    def before(self, start: int) -> State:
+        """What a training from a step starts with."""
+        if self.settings.version is Version.INITIAL:
+            return self.initial
+        return model_state(self.scored) if self.settings.rewind_to is RewindTo.LR else self.race.state_at(start)
+
+    def order(self) -> Order:
+        """What was asked for, for the provenance."""
+        study, given = self.study, self.settings.model_dump(mode="json")
+        return Order("layer_lottery", study.budget, study.steps, given, study.seed, study.include, study.exclude)
+
+    def result(self, p: int, start: int) -> tuple[State, Plan]:
+        """A trained ticket as weights of the dense network and a plan that cuts it out of them."""
+        masks = self.masks(p)
+        made = Plan(
+            {one.stack.name: block_site(one.stack) for one in self.lists},
+            masks,
+            provenance=(self.order().provenance(type(self.scored).__name__),),
+        )
+        after = model_state(self.race.trained(self.entrant(TICKET, p, start, masks))[0])
+        places = {name: renumbered(name, made) for name in self.initial}
+        state = {name: after[place] if place else self.initial[name] for name, place in places.items()}
+        stamp(copied(self.scored, state), made)
+        return state, made
+
+
+def _without(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+    for name, keep in masks.items():
+        remove_blocks_(model, name, kept_list(keep))
+    return model
+
+
+def _caveats(study: Study, settings: LayerLotterySettings) -> Iterator[str]:
+    yield (
+        f"kWh and CO2 are estimates: measured time of a step, times the steps, times {settings.watts:g} W and "
+        f"{settings.grid:g} kg per kWh"
+    )
+    if settings.seeds < 3:
+        yield f"{settings.seeds} of 3 seeds: random tickets often win too, so fewer seeds tell no criterion from chance"
+    if "data" not in study.extras:
+        yield "similarity and robustness were not measured: give held-out samples as extras={'data': ...}"
+
+
+method = Method(
+    name="layer_lottery",
+    paper="24",
+    title="When layers play the lottery, all tickets win at initialization",
+    citation="Jordao, Correa de Araujo, de Almeida Maia, Pedrini 2023, ICCV workshop, arXiv 2301.10835",
+    formula="sum over a block's weights of w * (H g), or |w dL/dw|, before training; the p lowest residual blocks go",
+    kind=Protocol.PLAN,
+    tags=t.Tags(
+        speedup=frozenset({t.Speedup.STRUCTURED}),
+        when=frozenset({t.When.BEFORE_TRAINING}),
+        criterion=frozenset({t.Criterion.SENSITIVITY_SALIENCY}),
+        granularity=frozenset({t.Granularity.LAYER, t.Granularity.BLOCK}),
+        schedule=t.Schedule.ONE_SHOT,
+        data=t.Data.DATA_DRIVEN,
+        weights=t.Weights.INITIALIZED,
+        recovery=t.Recovery.SCRATCH,
+        allocation=t.Allocation.GLOBAL,
+        supervision=t.Supervision.SUPERVISED,
+        domain=frozenset({t.Domain.CNN, t.Domain.VIT, t.Domain.LLM}),
+        physical=True,
+    ),
+    settings=LayerLotterySettings,
+    run=plan,
+    procedure=lottery,
+    units=UnitKind.BLOCK,
+    exact=Group.TOTAL,
+    needs_labels=True,
+)
