@@ -147,8 +147,11 @@ class StructuredEnd(Part):
         found = self.decision(run)
         kept = sum(int(mask.sum()) for mask in found.masks.values()) / sum(site.units for site in found.sites.values())
         scores = torch.cat(list(found.scores.values()))
-        share = float((scores < NEAR * scores.max()).double().mean())
+        share = float((scores <= NEAR * scores.max()).double().mean())
         run.log.append({"step": run.step, "what": "cut", "density": kept, "near_zero": share})
+        dead = next((name for name, score in found.scores.items() if not bool(score.any())), None)
+        if dead is not None:
+            run.warn(f"every unit of '{dead}' was driven to zero, so nothing passes there: lower the penalty's weight")
 
     def decision(self, run: Sparsifier) -> Decision:
         """What would go now."""

@@ -18,7 +18,7 @@ from secateur.core.method import Decision, Group, Method, Protocol, Task
 from secateur.core.units import UnitKind
 from secateur.scores.groups import Combine, group_scores, over_others
 from secateur.shrink.cut import tensors_of
-from secateur.shrink.structured import Members, StructuredSettings, View, decide, weight_places
+from secateur.shrink.structured import Members, StructuredSettings, View, decide, norm_places, weight_places
 
 
 class Norm(StrEnum):
@@ -40,14 +40,9 @@ class ChannelNormSettings(StructuredSettings):
 def norms(view: View, settings: ChannelNormSettings) -> dict[str, Tensor]:
     """One norm per unit."""
     tensors = tensors_of(view.model)
-    modules = dict(view.model.named_modules())
-    chosen = weight_places(view, settings.members)
+    chosen = norm_places(view) if settings.norm is Norm.BN else weight_places(view, settings.members)
 
     def vector(name: str, dim: int) -> Tensor | None:
-        owner, _, leaf = name.rpartition(".")
-        if settings.norm is Norm.BN:
-            is_scale = "BatchNorm" in type(modules.get(owner)).__name__ and leaf == "weight"
-            return tensors[name].detach().float().abs() if is_scale else None
         return over_others(tensors[name], dim, 2 if settings.norm is Norm.L2 else 1) if (name, dim) in chosen else None
 
     found = group_scores(view.sites, vector, settings.combine)
