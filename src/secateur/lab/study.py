@@ -15,12 +15,12 @@ from torch import nn
 from secateur import api
 from secateur.core.files import check_free, sweep, whole_folder, write_json
 from secateur.core.progress import Progress, Silent
+from secateur.core.units import UnitKind
 from secateur.data.dataset import Dataset
 from secateur.io.models import OpenedModel, open_model
 from secateur.lab.training import TrainingRequest, fresh_model, split, training_data
 from secateur.measure import quality
 from secateur.shrink.apply import apply_
-from secateur.shrink.cut import structured
 from secateur.shrink.folder import OWN
 from secateur.shrink.save import save
 from secateur.train.loop import Fitting
@@ -98,7 +98,7 @@ def _save(job: StudyJob, out: Path, opened: OpenedModel, test: Dataset, found: F
     final = found.state is not None and found.plan is not None
     if found.state is not None:
         put_back(opened.model, found.state)
-        if found.plan is not None and structured(found.plan):
+        if found.plan is not None and set(found.plan.kinds) != {UnitKind.WEIGHT}:
             apply_(opened.model, found.plan, verify=job.verify)
         found.summary["test"] = figures(opened.model.eval(), test)
     document: dict[str, Any] = {"job": job.model_dump(mode="json"), **found.to_json()}

@@ -24,6 +24,7 @@ similarity and robustness, `example`. Energy and CO2 are estimates from measured
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from typing import Any
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 from secateur.allocate.depth import block_site, keep_without
 from secateur.allocate.structured import Widths
 from secateur.core import tags as t
-from secateur.core.budget import Budget
+from secateur.core.budget import Budget, Quantity
 from secateur.core.errors import BudgetError, ModelError, NumericsError, SettingsError
 from secateur.core.method import Decision, Group, Method, Protocol, Task
 from secateur.core.plan import Plan
@@ -128,14 +129,15 @@ def amounts(budget: Budget, settings: LayerLotterySettings, lists: list[Removabl
         BudgetError: out of reach, or two answers.
     """
     budget, free = budget.of(UnitKind.BLOCK), sum(len(one.free) for one in lists)
-    if budget.pattern:
-        raise BudgetError("layer_lottery removes blocks; an N:M pattern does not apply to it")
+    if budget.pattern or budget.quantity is Quantity.PARAMETERS:
+        raise BudgetError(f"layer_lottery counts blocks, which {budget} does not; give a sparsity or p")
     asked = free - budget.keep(free)
-    if settings.p and budget.amount != 0:
+    if settings.p and asked:
         raise BudgetError(f"give either p={settings.p} or {budget}; beside p the sparsity is 0")
     room = sum(min(len(one.free), len(one.stack.blocks) - max(1, budget.floor)) for one in lists)
     most = max(0, min(free - 1, room))
-    least = 0 if budget.amount == 0 and not settings.p else 1
+    idle = not settings.p and budget in (Budget(0.0, floor=budget.floor), Budget(1.0, Quantity.DENSITY, budget.floor))
+    least = 0 if idle else 1
     for count in settings.p or (asked,):
         if not least <= count <= most:
             more = "; strict=false adds those next to a change of resolution" if settings.strict else ""
@@ -205,14 +207,24 @@ class _Draw:
         data, initial = self.race.train_data(), self.race.dense.make()
         self.initial, self.scored = model_state(initial), initial
         example = example_for(initial, study.extras.get("example", data))
-        task = Task(initial, study.budget, seed=self.race.seed, include=study.include, exclude=study.exclude)
-        self.task = Task(**{**vars(task), "batches": as_batches(data), "example": example, "progress": study.progress})
+        self.task = Task(
+            initial,
+            study.budget,
+            as_batches(data),
+            self.race.seed,
+            study.include,
+            study.exclude,
+            progress=study.progress,
+            example=example,
+        )
         self.lists = candidates(self.task, settings)
         self.amounts = amounts(study.budget, settings, self.lists)
+        if self.amounts == (0,):
+            raise BudgetError("a study of tickets needs blocks to remove: give a sparsity above 0, or p")
         self.starts = self._starts()
         if settings.version is Version.TRAINED:
             self.scored, _ = self.race.trained(self.race.dense)
-            self.task = Task(**{**vars(self.task), "model": self.scored})
+            self.task = replace(self.task, model=self.scored)
         self.scores: dict[str, float] = self.race.once("scores", partial(self._scored, block_scores, self.lists))
 
     def _starts(self) -> list[int]:
@@ -320,6 +332,7 @@ def _caveats(study: Study, settings: LayerLotterySettings) -> Iterator[str]:
     yield (
         f"kWh and CO2 are estimates: measured time of a step, times the steps, times {settings.watts:g} W and "
         f"{settings.grid:g} kg per kWh"
+        + ("; the dense training that finds the tickets is not counted" * (settings.version is Version.TRAINED))
     )
     if settings.seeds < 3:
         yield f"{settings.seeds} of 3 seeds: random tickets often win too, so fewer seeds tell no criterion from chance"
