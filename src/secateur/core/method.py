@@ -102,16 +102,21 @@ class Group(StrEnum):
 
 @dataclass(frozen=True)
 class Batch:
-    """One call of a model: positional and keyword inputs, and the target where there is one."""
+    """One call of a model: positional and keyword inputs, and the target where there is one.
+
+    `targets` are those of a model that serves several tasks, by name.
+    """
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     target: Tensor | None = None
+    targets: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All input tensors in a fixed order, the target last."""
+        """All input tensors in a fixed order, the targets last."""
         inputs = [*self.args, *(self.kwargs[key] for key in sorted(self.kwargs)), self.target]
+        inputs += [self.targets[name] for name in sorted(self.targets)]
         return [item for item in inputs if isinstance(item, Tensor)]
 
     @property
@@ -121,12 +126,15 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
+        return self.each(lambda item: item.to(device) if isinstance(item, Tensor) else item)
 
-        def move(item: Any) -> Any:
-            return item.to(device) if isinstance(item, Tensor) else item
-
+    def each(self, change: Callable[[Any], Any]) -> Batch:
+        """A batch of what a function makes of every input and target."""
         return Batch(
-            tuple(map(move, self.args)), {key: move(value) for key, value in self.kwargs.items()}, move(self.target)
+            tuple(map(change, self.args)),
+            {name: change(item) for name, item in self.kwargs.items()},
+            change(self.target),
+            {name: change(item) for name, item in self.targets.items()},
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ def as_batches(data: Any, size: int = 8) -> list[Batch]:
     """Batches from a Dataset, one tensor, or an iterable such as a DataLoader.
 
     Items of an iterable may be a `Batch`, a tensor (the model's only input), a mapping (keyword
-    inputs; `labels` are the target) or a pair (input, target). They are taken as the batches that
-    they are; a tensor or a Dataset is cut into batches of `size`.
+    inputs; `labels` are the target) or a pair (input, target). A target that is a mapping holds those of
+    several tasks, by name. Items are taken as the batches that they are; a tensor or a Dataset is cut
+    into batches of `size`.
 
     Raises:
         DataError: nothing usable; says what was found.
@@ -45,10 +47,14 @@ def _as_batch(item: Any) -> Batch:
         return Batch((item,))
     if isinstance(item, Mapping):
         labels = item.get("labels")
+        if isinstance(labels, Mapping):
+            return Batch(kwargs={key: value for key, value in item.items() if key != "labels"}, targets=dict(labels))
         # a language model's labels repeat its inputs; the shifted loss is computed from the logits here
         target = labels if isinstance(labels, Tensor) and labels.dim() == 1 else None
         return Batch(kwargs={key: value for key, value in item.items() if key != "labels"}, target=target)
     if isinstance(item, (tuple, list)) and len(item) == 2:
+        if isinstance(item[1], Mapping):
+            return Batch((item[0],), targets=dict(item[1]))
         return Batch((item[0],), target=item[1])
     raise DataError(f"a batch must be a tensor, a mapping or a pair (input, target), got {type(item).__name__}")
 
@@ -60,14 +66,7 @@ def split_batch(batch: Batch, size: int = 1) -> list[Batch]:
         sliced = isinstance(item, Tensor) and item.dim() > 0 and item.shape[0] == batch.samples
         return item[start : start + size] if sliced else item
 
-    return [
-        Batch(
-            tuple(pick(item, start) for item in batch.args),
-            {name: pick(item, start) for name, item in batch.kwargs.items()},
-            pick(batch.target, start),
-        )
-        for start in range(0, batch.samples, size)
-    ]
+    return [batch.each(partial(pick, start=start)) for start in range(0, batch.samples, size)]
 
 
 def taken(batch: Batch, index: Tensor) -> Batch:
@@ -78,9 +77,7 @@ def taken(batch: Batch, index: Tensor) -> Batch:
         per_sample = isinstance(item, Tensor) and item.dim() > 0 and item.shape[0] == samples
         return item[index.to(item.device)] if per_sample else item
 
-    return Batch(
-        tuple(map(pick, batch.args)), {key: pick(value) for key, value in batch.kwargs.items()}, pick(batch.target)
-    )
+    return batch.each(pick)
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
@@ -92,13 +89,17 @@ def joined(batches: Sequence[Batch]) -> Batch:
     if len(batches) == 1:
         return batches[0]
     first, sizes = batches[0], [batch.samples for batch in batches]
-    alike = {(len(batch.args), *sorted(batch.kwargs), batch.target is None) for batch in batches}
+    alike = {
+        (len(batch.args), tuple(sorted(batch.kwargs)), batch.target is None, tuple(sorted(batch.targets)))
+        for batch in batches
+    }
     if len(alike) > 1:
         raise DataError("the batches differ in their inputs or only some have labels, so they cannot be joined to one")
     return Batch(
         tuple(_joined_item([batch.args[place] for batch in batches], sizes) for place in range(len(first.args))),
         {key: _joined_item([batch.kwargs[key] for batch in batches], sizes) for key in first.kwargs},
         _joined_item([batch.target for batch in batches], sizes),
+        {name: _joined_item([batch.targets[name] for batch in batches], sizes) for name in first.targets},
     )
 
 
@@ -228,6 +229,11 @@ def loss_of(logits: Tensor, batch: Batch) -> Tensor:
     """The loss of `task_loss` from a model's logits."""
     if batch.target is not None:
         return F.cross_entropy(logits.float(), batch.target)
+    if batch.targets:
+        raise DataError(
+            f"the data holds targets of several tasks ({', '.join(batch.targets)}), and this needs one loss; give data "
+            "with one target"
+        )
     tokens, real = _text_of(batch)
     if tokens is None or logits.dim() != 3:
         raise DataError("this needs a loss, but the data has no labels and is not text; give data with labels")

@@ -41,7 +41,7 @@ def fresh(batches: Sequence[Batch], samples: int, length: int, size: int, rng: t
         starts = torch.randint(tokens - length + 1, (len(windows), 1), generator=rng)
         places = (starts + torch.arange(length)).to(windows.device)
         cut = windows.gather(1, places)  # [samples, length]
-        batch = Batch(tuple(cut for _ in batch.args), dict.fromkeys(batch.kwargs, cut), batch.target)
+        batch = Batch(tuple(cut for _ in batch.args), dict.fromkeys(batch.kwargs, cut), batch.target, batch.targets)
     return split_batch(batch, size)
 
 

@@ -52,8 +52,7 @@ def like(network: nn.Module, batch: Batch) -> Batch:
     def cast(item: object) -> object:
         return item.to(dtype) if isinstance(item, Tensor) and item.is_floating_point() else item
 
-    moved = batch.to(device_of(network))
-    return Batch(tuple(map(cast, moved.args)), {key: cast(value) for key, value in moved.kwargs.items()}, moved.target)
+    return batch.to(device_of(network)).each(cast)
 
 
 def redraw_xavier(network: nn.Module, names: Sequence[str], rng: Callable[[str], torch.Generator]) -> None:

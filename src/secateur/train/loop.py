@@ -121,7 +121,7 @@ class Stream:
         if self.augment is None:
             return batch
         inputs = self.augment(batch.args[0], generator(self.seed, "augment", str(step)))
-        return Batch((inputs, *batch.args[1:]), batch.kwargs, batch.target)
+        return Batch((inputs, *batch.args[1:]), batch.kwargs, batch.target, batch.targets)
 
 
 class Fit(Protocol):

@@ -1,0 +1,97 @@
+"""What a network is judged by that serves several tasks: several losses of one output, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import isnan
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.errors import DataError, SecateurError, SettingsError
+from secateur.core.imports import imported
+from secateur.core.method import Batch
+from secateur.data.batches import logits_of, loss_of, run
+from secateur.data.running import device_of
+
+TaskLosses = Callable[[Any, Batch], Mapping[str, Tensor]]
+"""(the model's raw output, batch) -> name -> mean loss over the batch, a scalar."""
+
+
+def cross_entropy(output: Any, batch: Batch) -> dict[str, Tensor]:
+    """One task: mean cross entropy of the labels, or of the next tokens."""
+    return {"loss": loss_of(logits_of(output), batch)}
+
+
+def losses_from(given: str | TaskLosses) -> TaskLosses:
+    """A function of losses from what a user gives: itself, `module.path:function`, or nothing for cross entropy.
+
+    Raises:
+        ModelError, UnknownNameError: the function cannot be imported.
+    """
+    if isinstance(given, str):
+        return imported(given, "losses") if given else cross_entropy
+    return given
+
+
+def name_of(given: str | TaskLosses) -> str:
+    """What to write down for it: `module.path:function`."""
+    if isinstance(given, str):
+        return given
+    return f"{given.__module__}:{getattr(given, '__qualname__', type(given).__qualname__)}"
+
+
+@torch.no_grad()
+def mean_losses(model: nn.Module, batches: Sequence[Batch], losses: TaskLosses) -> dict[str, float]:
+    """Every task's loss: the mean over the batches, weighted by their samples, summed in float64.
+
+    Args:
+        model: run as it is; the caller sees to eval mode.
+        batches: always in this order.
+        losses: of an output.
+
+    Raises:
+        SettingsError: the function fails, or returns something else than scalars by name, always the same names.
+    """
+    totals: dict[str, float] = {}
+    for place, batch in enumerate(batches):
+        moved = batch.to(device_of(model))
+        values = _values(losses, run(model, moved), moved)
+        if place and values.keys() != totals.keys():
+            raise SettingsError(f"losses named {sorted(totals)} on the first batch and {sorted(values)} on another one")
+        for name, value in values.items():
+            totals[name] = totals.get(name, 0.0) + value * batch.samples
+    samples = sum(batch.samples for batch in batches)
+    return {name: total / samples for name, total in totals.items()}
+
+
+def _values(losses: TaskLosses, output: Any, batch: Batch) -> dict[str, float]:
+    try:
+        found = losses(output, batch)
+    except SecateurError:
+        raise
+    except Exception as error:
+        # the user's own code runs here and may fail in any way
+        raise SettingsError(f"the losses {name_of(losses)} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(found, Mapping) or not found:
+        raise SettingsError(f"the losses {name_of(losses)} must be a mapping of names to scalars, not {found!r:.60}")
+    for name, value in found.items():
+        if torch.as_tensor(value).numel() != 1:
+            raise SettingsError(f"loss '{name}' is {list(value.shape)}; it must be a scalar, the mean over the batch")
+    return {str(name): float(value) for name, value in found.items()}
+
+
+def refuse_unusable(losses: Mapping[str, float]) -> None:
+    """For criteria that divide by a loss.
+
+    Raises:
+        DataError: one is zero, negative or NaN; names it.
+    """
+    for name, value in losses.items():
+        if isnan(value) or not 0 < value < float("inf"):
+            raise DataError(
+                f"loss '{name}' is {value:.6g}, and how much it rises is measured relative to itself: give a loss that "
+                "is positive and finite on these data (a squared error or cross entropy instead of its negative or a "
+                "score; held-out data where a model knows the others by heart)"
+            )

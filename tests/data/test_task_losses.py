@@ -1,0 +1,92 @@
+"""Several targets in a batch, several losses of an output."""
+
+import pytest
+import torch
+from torch import nn
+
+from secateur.core.errors import DataError, ModelError, SettingsError, UnknownNameError
+from secateur.core.method import Batch
+from secateur.data.batches import as_batches, joined, loss_of, split_batch, taken
+from secateur.data.losses import cross_entropy, losses_from, mean_losses, name_of, refuse_unusable
+from secateur.shrink.verify import copied
+
+IMAGES = torch.arange(10.0).view(5, 2)
+TARGETS = {"kind": torch.arange(5), "size": torch.arange(10.0).view(5, 2)}
+
+
+def both(output, batch):
+    return {"kind": batch.targets["kind"].double().mean(), "size": (output - batch.targets["size"] - 1).square().mean()}
+
+
+def test_a_mapping_of_targets_goes_through_every_change_of_a_batch():
+    (batch,) = as_batches([(IMAGES, TARGETS)])
+    assert batch.target is None
+    assert batch.samples == 5
+    assert [tuple(t.shape) for t in batch.tensors] == [(5, 2), (5,), (5, 2)]
+    (named,) = as_batches([{"x": IMAGES, "labels": TARGETS}])
+    assert list(named.kwargs) == ["x"]
+    assert torch.equal(named.targets["size"], TARGETS["size"])
+    parts = split_batch(batch, 2)
+    assert [part.targets["kind"].tolist() for part in parts] == [[0, 1], [2, 3], [4]]
+    whole = joined(parts)
+    assert all(torch.equal(whole.targets[name], TARGETS[name]) for name in TARGETS)
+    assert taken(batch, torch.tensor([4, 0])).targets["kind"].tolist() == [4, 0]
+    clone = copied(batch)
+    clone.targets["kind"][0] = 99
+    assert TARGETS["kind"][0] == 0
+    assert batch.to("meta").targets["size"].is_meta
+
+
+def test_batches_with_other_targets_are_not_joined():
+    with pytest.raises(DataError, match="differ"):
+        joined([Batch((IMAGES,), targets=TARGETS), Batch((IMAGES,), targets={"kind": TARGETS["kind"]})])
+
+
+def test_one_loss_of_several_targets_is_refused_by_name():
+    with pytest.raises(DataError, match=r"several tasks \(kind, size\)"):
+        loss_of(IMAGES, Batch((IMAGES,), targets=TARGETS))
+
+
+def test_means_are_weighted_by_samples():
+    whole = Batch((IMAGES,), targets=TARGETS)
+    found = mean_losses(nn.Identity(), split_batch(whole, 3), both)  # 3 and 2 samples
+    assert found == pytest.approx({"kind": 2.0, "size": 1.0})
+    assert mean_losses(nn.Identity(), [whole], both) == pytest.approx(found)
+
+
+def test_the_default_is_cross_entropy():
+    batch = Batch((IMAGES,), target=torch.zeros(5, dtype=torch.int64))
+    expected = nn.functional.cross_entropy(IMAGES, batch.target)
+    assert losses_from("") is cross_entropy
+    assert mean_losses(nn.Identity(), [batch], losses_from(""))["loss"] == pytest.approx(float(expected))
+
+
+def test_a_function_by_name():
+    assert losses_from("secateur.data.losses:cross_entropy") is cross_entropy
+    assert name_of(cross_entropy) == "secateur.data.losses:cross_entropy"
+    assert losses_from(both) is both
+    with pytest.raises(UnknownNameError, match="cross_entropy"):
+        losses_from("secateur.data.losses:cross_entrop")
+    with pytest.raises(ModelError, match=r"module\.path:losses"):
+        losses_from("no_colon")
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda out, batch: out.mean(), "mapping"),
+        (lambda out, batch: {}, "mapping"),
+        (lambda out, batch: {"a": out}, "scalar"),
+        (lambda out, batch: {"a": batch.targets["missing"]}, "KeyError"),
+        (lambda out, batch: {f"a{len(out)}": out.mean()}, "another"),
+    ],
+)
+def test_wrong_functions_are_refused(function, said):
+    with pytest.raises(SettingsError, match=said):
+        mean_losses(nn.Identity(), split_batch(Batch((IMAGES,)), 3), function)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_losses_that_nothing_can_be_relative_to_are_refused(value):
+    with pytest.raises(DataError, match="'b'"):
+        refuse_unusable({"a": 1.0, "b": value})
