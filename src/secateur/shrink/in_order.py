@@ -17,6 +17,7 @@ from secateur.train.study import Masks
 
 Removed = Mapping[str, int]
 """Site -> how many of its units go, in the order in which the sites are cut."""
+Steps = tuple[tuple[str, int], ...]
 
 
 class InOrder:
@@ -47,8 +48,8 @@ class InOrder:
         self.sites = {name: site for name, site in work.sites.items() if own[name] & self.places}
         if not self.sites:
             raise ModelError("no linear layer or convolution makes the units that may be cut; include others")
-        self._masks: dict[tuple[tuple[str, int], ...], Masks] = {(): self.start}
-        self._scores: dict[tuple[tuple[tuple[str, int], ...], str], Tensor] = {}
+        self._masks: dict[Steps, Masks] = {(): self.start}
+        self._scores: dict[tuple[Steps, str], Tensor] = {}
 
     def counts(self, removed: Removed) -> dict[str, int]:
         """Kept units of every site."""
@@ -57,12 +58,21 @@ class InOrder:
 
     def masks(self, removed: Removed) -> Masks:
         """What stays of every site."""
-        done: tuple[tuple[str, int], ...] = ()
+        done: Steps = ()
         for step in removed.items():
             before, done = done, (*done, step)
             if done not in self._masks:
                 self._masks[done] = self._after(before, *step)
         return self._masks[done]
+
+    def ranked(self, removed: Removed) -> dict[str, Tensor]:
+        """The scores of every site when it was cut; of those that are not, in the end."""
+        found, masks = dict[str, Tensor](), self.masks(removed)
+        done: Steps = ()
+        for step in removed.items():
+            found[step[0]] = self._scores[done, step[0]]
+            done = (*done, step)
+        return {name: found[name] if name in found else self.scores(name, masks) for name in self.sites}
 
     def scores(self, name: str, masks: Masks) -> Tensor:
         """How large the units of a site are in a model cut by masks, `[units]`, float32.
@@ -83,7 +93,7 @@ class InOrder:
         found = group_scores({name: self.sites[name]}, vector)[name].cpu()
         return check_scores(found, name)
 
-    def _after(self, before: tuple[tuple[str, int], ...], name: str, count: int) -> Masks:
+    def _after(self, before: Steps, name: str, count: int) -> Masks:
         masks = self._masks[before]
         if (before, name) not in self._scores:
             self._scores[before, name] = self.scores(name, masks)

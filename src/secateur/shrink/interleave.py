@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -47,6 +48,8 @@ class Shrunk:
         counts: site -> kept units.
         iterations: how many there were.
         warnings: sentences for the user.
+        details: for the stage's row, besides what every method has there; plain data.
+        last: no further stage is needed.
     """
 
     masks: Masks
@@ -54,6 +57,8 @@ class Shrunk:
     counts: Counts
     iterations: int
     warnings: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    last: bool = False
 
 
 Shrink = Callable[[Task, Masks, int], tuple[Work, Shrunk]]
@@ -69,7 +74,7 @@ class Interleaved:
     Args:
         study: `make` gives the trained model; extras `state` and `calibration` may stand in.
         stages: P.
-        slices: how the steps are dealt out.
+        slices: how the steps are dealt out; None: every stage is a whole training of its own.
         method, settings: for the plan's provenance.
 
     Raises:
@@ -77,11 +82,14 @@ class Interleaved:
             than the folder's.
     """
 
-    def __init__(self, study: Study, stages: int, slices: Slices, method: str, settings: Mapping[str, Any]):
+    def __init__(self, study: Study, stages: int, slices: Slices | None, method: str, settings: Mapping[str, Any]):
         self.study, self.stages, self.method, self.settings = study, stages, method, settings
         self.fit: Fit = study.fit
-        self.bounds = stage_bounds(study.steps, stages, slices)
-        self.warnings = _caveats(study)
+        self.bounds = [(0, study.steps)] * stages
+        self.warnings: list[str] = []
+        if slices is not None:
+            self.bounds = list(pairwise(stage_bounds(study.steps, stages, slices)))
+            self.warnings = _caveats(study)
         data = study.extras.get("calibration", getattr(study.fit, "data", None))
         if data is None:
             raise SettingsError(f"{method} needs data to prune on: extras={{'calibration': ...}}")
@@ -129,6 +137,8 @@ class Interleaved:
             masks, sites, state = result["masks"], result["sites"], result["state"]
             found.rows.append(result["row"])
             found.warnings += [line for line in result["warnings"] if line not in found.warnings]
+            if result["last"]:
+                break
         last = found.rows[-1]
         dense = sum(parameter.numel() for parameter in self.study.model().parameters())
         found.summary = {"parameters": last["parameters"], "kept": last["parameters"] / dense, **last["after"]}
@@ -160,7 +170,7 @@ class Interleaved:
 
     def stage(self, shrink: Shrink, stage: int, masks: Masks, state: State) -> dict[str, Any]:
         """Cut, train, and put the result back into the dense shape."""
-        start, stop = self.bounds[stage - 1 : stage + 1]
+        start, stop = self.bounds[stage - 1]
         model = self.model(state)
         with evaluating(model), seeded(self.study.seed):
             work, found = shrink(self.task(model), masks, stage)
@@ -174,12 +184,14 @@ class Interleaved:
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "iterations": found.iterations,
             "widths": found.counts,
+            **found.details,
             "before": dict(self.fit(model, {}, start, start)),
             "after": dict(self.fit(model, {}, start, stop)),
         }
         sites = {name: site.to_json() for name, site in work.sites.items()}
         trained = widened(model_state(model), plan, shapes)
-        return {"row": row, "masks": found.masks, "state": trained, "sites": sites, "warnings": found.warnings}
+        result = {"row": row, "masks": found.masks, "state": trained, "sites": sites}
+        return result | {"warnings": found.warnings, "last": found.last}
 
     def task(self, model: nn.Module) -> Task:
         """What the pruning of a stage works on."""
