@@ -134,7 +134,7 @@ def compare(asked: Comparison, keep: Path | None = None, progress: Progress | No
         for name in rows.methods:
             api.find_method(name).configure(rows.settings)
         _recovery_of(rows)
-    bench = _Bench(asked, Ledger(keep, asked.model_dump(mode="json", exclude={"rows", "seeds"})), progress)
+    bench = Bench(asked, Ledger(keep, asked.model_dump(mode="json", exclude={"rows", "seeds"})), progress)
     cases = [(rows, name, *budget) for rows in asked.rows for name in rows.methods for budget in rows.budgets()]
     results = [bench.dense()]
     for rows, name, kind, amount in track(cases, progress, "comparison"):
@@ -142,7 +142,7 @@ def compare(asked: Comparison, keep: Path | None = None, progress: Progress | No
     return results
 
 
-class _Bench:
+class Bench:
     """The model, opened once; its data, drawn once a seed."""
 
     def __init__(self, asked: Comparison, ledger: Ledger, progress: Progress):
@@ -173,15 +173,7 @@ class _Bench:
     def row(self, rows: Rows, name: str, kind: str, amount: float | str) -> Result:
         """One method at one budget."""
         shown = f"{name} {rows.label}".strip()
-        found = []
-        for seed in range(self.asked.seeds):
-            key = "-".join([shown, kind, str(amount), str(seed), _digest(rows)])
-            key = key.replace("/", "_").replace(" ", "_").replace(":", "_")
-
-            def run(seed: int = seed) -> dict[str, Any]:
-                return self._run(rows, name, kind, amount, seed)
-
-            found.append(self.ledger.once(key, run))
+        found = [self.result(rows, name, kind, amount, seed) for seed in range(self.asked.seeds)]
         error = next((one["error"] for one in found if one.get("error")), None)
         if error is not None:
             return Result(method=shown, budget=kind, amount=amount, error=error)
@@ -203,6 +195,13 @@ class _Bench:
             decode=first.get("decode"),
             recovered=mean(recovered) if recovered else None,
         )
+
+    def result(self, rows: Rows, name: str, kind: str, amount: float | str, seed: int) -> dict[str, Any]:
+        """One method at one budget under one seed: `value`, `parameters` ... or `error`; run once."""
+        key = "-".join([f"{name} {rows.label}".strip(), kind, str(amount), str(seed), _digest(rows)])
+        key = key.replace("/", "_").replace(" ", "_").replace(":", "_")
+        found: dict[str, Any] = self.ledger.once(key, lambda: self._run(rows, name, kind, amount, seed))
+        return found
 
     def _run(self, rows: Rows, name: str, kind: str, amount: float | str, seed: int) -> dict[str, Any]:
         """Prune a copy and measure it; what a method refuses becomes the row's result."""

@@ -25,6 +25,7 @@ from secateur.core.plan import Plan
 from secateur.core.progress import Progress
 from secateur.core.seeding import generator
 from secateur.data.dataset import DataKind, Dataset
+from secateur.lab.checks._llama_full import of_units
 from secateur.lab.reproduce import Check, Expectation, Sample
 from secateur.measure import perplexity
 from secateur.shrink.apply import masked
@@ -154,4 +155,4 @@ def accelerated(model: nn.Module, seed: int, **settings: Any) -> float:
     return float(found.summary["perplexity"])
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, of_units("adapt_pruner"))

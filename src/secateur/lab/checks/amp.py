@@ -19,6 +19,7 @@ from secateur.core.plan import Plan
 from secateur.core.progress import Progress
 from secateur.data.dataset import Splits
 from secateur.lab.checks._language import blocks_plan
+from secateur.lab.checks._llama_full import of_units
 from secateur.lab.checks._structured import cut_copy, cut_perplexity, few_windows
 from secateur.lab.coherence import Coherence, coherence
 from secateur.lab.reproduce import Check, Expectation, Sample
@@ -106,4 +107,4 @@ def missed(model: nn.Module, data: Splits, seed: int, rounding: str) -> float:
     return float(off / (config.num_hidden_layers * 3 * config.hidden_size))
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, of_units("amp"))

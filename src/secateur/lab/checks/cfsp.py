@@ -17,6 +17,7 @@ from secateur.core.progress import Progress
 from secateur.core.seeding import generator
 from secateur.data.dataset import Splits
 from secateur.lab.checks._language import blocks_plan, llama, pruned_perplexity
+from secateur.lab.checks._llama_full import of_units
 from secateur.lab.reproduce import Check, Expectation, Sample
 from secateur.measure import perplexity
 from secateur.shrink.apply import masked
@@ -104,4 +105,4 @@ def totals(model: nn.Module, data: Splits, seed: int, plans: Mapping[float, Plan
     return Sample(max(missed(plan, share) for share, plan in plans.items()), drift, drift)
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, of_units("cfsp"))

@@ -20,6 +20,7 @@ from secateur.core.seeding import generator
 from secateur.core.units import Site, UnitKind
 from secateur.data.dataset import Splits
 from secateur.lab.checks._language import blocks_plan, llama
+from secateur.lab.checks._llama_full import of_units
 from secateur.lab.checks._structured import cut_copy, cut_perplexity, differing
 from secateur.lab.reproduce import Check, Expectation, Sample
 from secateur.measure import parameters, perplexity
@@ -161,4 +162,4 @@ def budget(model: nn.Module, data: Splits, seed: int) -> Sample:
     return Sample(found, whole, whole)
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, of_units("comp"))

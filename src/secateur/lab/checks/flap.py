@@ -18,6 +18,7 @@ from secateur.core.progress import Progress
 from secateur.core.seeding import generator
 from secateur.data.dataset import Splits
 from secateur.lab.checks._language import blocks_plan, llama
+from secateur.lab.checks._llama_full import of_units
 from secateur.lab.checks._structured import cut_perplexity, same_widths
 from secateur.lab.reproduce import Check, Expectation, Sample
 from secateur.measure import perplexity
@@ -121,4 +122,4 @@ def total(model: nn.Module, data: Splits, seed: int) -> Sample:
     return Sample(distance(flap(model, data, seed, 0.4)), even, even)
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, of_units("flap"))

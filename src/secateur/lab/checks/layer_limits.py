@@ -26,6 +26,7 @@ from secateur.data import skills
 from secateur.data.batches import forward
 from secateur.data.dataset import Dataset
 from secateur.data.generation import Sampling, stop_ids
+from secateur.lab.checks._llama_full import of_blocks
 from secateur.lab.reproduce import Check, Expectation, Sample
 from secateur.measure import tasks
 from secateur.measure.quality import mean_loss
@@ -228,4 +229,4 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, of_blocks("layer_limits", selector="iterative"))

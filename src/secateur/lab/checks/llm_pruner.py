@@ -17,6 +17,7 @@ from secateur import zoo
 from secateur.core.progress import Progress
 from secateur.data.dataset import Splits
 from secateur.lab.checks._language import blocks_plan
+from secateur.lab.checks._llama_full import of_units
 from secateur.lab.checks._structured import BOTH, cut_copy, cut_perplexity, few_windows, random_perplexities
 from secateur.lab.reproduce import Check, Expectation, Sample
 from secateur.measure import parameters, perplexity
@@ -108,4 +109,4 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, of_units("llm_pruner"))

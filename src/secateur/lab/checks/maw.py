@@ -21,6 +21,7 @@ from secateur.core.progress import Progress
 from secateur.data.dataset import Dataset, Splits
 from secateur.data.running import evaluating, logits
 from secateur.lab.checks._language import blocks_plan, llama, pruned_perplexity
+from secateur.lab.checks._llama_full import of_units
 from secateur.lab.checks._structured import DRAWS, differing
 from secateur.lab.reproduce import Check, Expectation, Sample
 from secateur.measure import perplexity
@@ -105,4 +106,4 @@ def kinds_of_bytes(windows: Tensor) -> dict[str, Tensor]:
     return {"inside long names": names[:, 1:], "white space and punctuation": form[:, 1:]}
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, of_units("maw"))

@@ -19,6 +19,7 @@ from secateur.core.progress import Progress
 from secateur.core.units import Site, UnitKind
 from secateur.data.dataset import Splits
 from secateur.lab.checks._language import llama
+from secateur.lab.checks._llama_full import of_blocks
 from secateur.lab.reproduce import Check, Expectation, Sample
 from secateur.measure import perplexity
 from secateur.shrink.apply import masked
@@ -75,4 +76,4 @@ def _without(model: nn.Module, data: Splits, gone: tuple[int, ...], blocks: int)
         return perplexity(model, data.evaluation).value
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, of_blocks("shortgpt"))

@@ -21,6 +21,7 @@ from secateur.core.progress import Progress
 from secateur.data.batches import forward
 from secateur.data.dataset import Splits
 from secateur.lab.checks._language import llama
+from secateur.lab.checks._llama_full import of_units
 from secateur.lab.reproduce import Check, Expectation, Sample
 from secateur.measure import parameters, perplexity
 from secateur.shrink.apply import masked
@@ -110,4 +111,4 @@ def _counts(model: nn.Module, data: Splits, seed: int) -> Sample:
     return Sample(announced, naive, announced)
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, of_units("slicegpt", include=("*",)))

@@ -11,6 +11,7 @@ from secateur.core.progress import Progress
 from secateur.core.seeding import generator
 from secateur.core.select import keep_top
 from secateur.lab.checks._language import llama, magnitude, pruned_perplexity
+from secateur.lab.checks._llama_full import of_weights
 from secateur.lab.reproduce import Check, Expectation, Sample
 from secateur.measure import perplexity
 from secateur.recover.obs import inverse_factor, solve_on_support, sweep
@@ -70,4 +71,4 @@ def one_layer(seed: int) -> tuple[Sample, Sample]:
     return Sample(found / plain, 1.0, chance / plain), Sample(found / best, plain / best, chance / best)
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, of_weights("sparsegpt"))

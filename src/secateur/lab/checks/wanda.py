@@ -15,6 +15,7 @@ from secateur.core.plan import Plan
 from secateur.core.progress import Progress
 from secateur.data.dataset import Splits
 from secateur.lab.checks._language import blocks_plan, llama, magnitude, pruned_perplexity
+from secateur.lab.checks._llama_full import of_weights
 from secateur.lab.reproduce import Check, Expectation, Sample
 from secateur.structure.layers import to_matrix
 from secateur.zoo.perturb import rescale_llama
@@ -78,4 +79,4 @@ def uneven_rows(plan: Plan) -> int:
     return rows
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, of_weights("wanda"))
