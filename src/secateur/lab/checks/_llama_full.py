@@ -21,8 +21,8 @@ from secateur.train.study import Ledger
 
 CONDITIONS = (
     "Llama of 5.5 M parameters trained on WikiText-2; 64 calibration windows of 256 tokens of the validation text, "
-    "drawn by the seed; perplexity on 120 windows of the test text, nothing trained after pruning. Shares of blocks are "
-    "shares of the parameters inside the blocks."
+    "drawn by the seed; perplexity on 120 windows of the test text, nothing trained after pruning. Shares of blocks "
+    "are shares of the parameters inside the blocks."
 )
 
 
