@@ -218,10 +218,12 @@ def test_the_full_scale_goes_on_where_it_was_killed(monkeypatch, tmp_path):
 
 def test_only_some_methods_have_a_full_scale():
     with pytest.raises(SettingsError, match=r"no check at full scale; these have one: bip, .*lottery"):
-        run_check("wanda", 1, scale=Scale.FULL)
+        run_check("snip", 1, scale=Scale.FULL)
 
 
-@pytest.mark.parametrize(("name", "variable"), [("lottery", "SECATEUR_DATA"), ("granet", "SECATEUR_MODELS")])
+@pytest.mark.parametrize(
+    ("name", "variable"), [("lottery", "SECATEUR_DATA"), ("granet", "SECATEUR_MODELS"), ("wanda", "SECATEUR_MODELS")]
+)
 def test_the_full_scale_says_which_folder_is_missing(monkeypatch, tmp_path, name, variable):
     monkeypatch.setenv(variable, str(tmp_path))
     with pytest.raises(DataError, match=f"{variable}='{tmp_path}' names no folder"):
