@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from secateur import api
 from secateur.core.plan import Plan
@@ -27,6 +26,7 @@ from secateur.data.batches import forward
 from secateur.data.running import evaluating, training
 from secateur.gates.polarisation import agreement
 from secateur.lab.checks._digits import digits
+from secateur.lab.checks._residual import Block
 from secateur.lab.checks._training import accuracy_of, fitting
 from secateur.lab.reproduce import Check, Expectation, Sample
 from secateur.methods.channels.consensus import ConsensusGates
@@ -47,24 +47,6 @@ CLAIMS = {
     "channel_logits": Expectation("as logits, of the network with channels cut out", "<= 1e-05"),
     "removed": Expectation("blocks of 10 removed, with the polarisation's weight ramped", ">= 1", "baseline"),
 }
-
-
-class Block(nn.Module):
-    """Two convolutions around a shortcut; a strided one where resolution and width change."""
-
-    def __init__(self, inputs: int, width: int):
-        super().__init__()
-        stride = 1 if inputs == width else 2
-        self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(width)
-        self.shortcut = nn.Identity() if inputs == width else nn.Conv2d(inputs, width, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[samples, inputs, h, w]` to `[samples, width, h, w]`, or half of h and w."""
-        inside = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
-        return F.relu(inside + self.shortcut(x))
 
 
 def residual_net() -> nn.Sequential:
