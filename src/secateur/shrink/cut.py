@@ -184,7 +184,7 @@ def _described(module: nn.Module, leaf: str, tensor: Tensor) -> Iterator[tuple[s
         return
     for kind, leaves, names in DESCRIBED:
         if isinstance(module, kind) and leaf.startswith(leaves):
-            yield from ((name, shape[dim]) for name, dim in names)
+            yield from ((name, shape[dim]) for name, dim in names if dim < len(shape))  # counters have no dimension
     if type(module).__name__ == "Conv1D" and leaf == "weight":
         yield from (("nx", shape[0]), ("nf", shape[1]))
 

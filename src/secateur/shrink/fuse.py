@@ -68,7 +68,7 @@ def fuse_(model: nn.Module, example: Batch | None = None) -> Fused:
     pairs, left, before = feeding(model, batch)
     folded = []
     for pair in pairs:
-        why = _obstacle(model, *pair)
+        why = obstacle(model, *pair)
         if why is None:
             folded.append(pair)
         else:
@@ -276,7 +276,7 @@ def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _obstacle(model: nn.Module, layer_name: str, norm_name: str) -> str | None:
+def obstacle(model: nn.Module, layer_name: str, norm_name: str) -> str | None:
     """Why a norm that alone reads a layer cannot be folded into it; None if it can."""
     layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
     others = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))

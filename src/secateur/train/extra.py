@@ -1,8 +1,8 @@
 """A method's own parameters, e.g. gates, that the user's optimiser trains along and that go in the end.
 
-They are the optimiser's last group, without weight decay, which would pull gates to 1/2. Learning rate schedulers that
-hold a rate for every group must be made afterwards. The optimiser's state_dict is as if they were not there, so that it
-loads into an optimiser which has none yet; their own state is saved here.
+They are the optimiser's last group, without weight decay unless they are weights themselves: it would pull gates to
+1/2. Learning rate schedulers that hold a rate for every group must be made afterwards. The optimiser's state_dict is
+as if they were not there, so that it loads into an optimiser which has none yet; their own state is saved here.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ class Extra:
     Args:
         optimizer: any of torch's; gets one more group with the options of its first.
         parameters: in a fixed order.
+        decay: decay them as the optimiser's first group decays; not at all by default.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]):
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], decay: bool = False):
         self.optimizer, self.parameters = optimizer, list(parameters)
         options = {key: value for key, value in optimizer.param_groups[0].items() if key not in ("params", "lr_scale")}
-        optimizer.add_param_group(options | {"params": self.parameters, "weight_decay": 0.0})
+        options |= {} if decay else {"weight_decay": 0.0}
+        optimizer.add_param_group(options | {"params": self.parameters})
         self.group = optimizer.param_groups[-1]
         self._hook = optimizer.register_state_dict_post_hook(self._without)
 
