@@ -263,3 +263,11 @@ def test_a_net_of_this_shape_needs_it_where_it_cannot_be_guessed():
 def test_unknown_words_are_refused():
     with pytest.raises(SettingsError, match="weight"):
         attached("network_slimming", weight=-1)
+
+
+def test_a_depthwise_convolution_passes_channels_on_and_does_not_make_them():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8)]
+    model = nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    plan, _, _ = finished("network_slimming", model=model, coupled=False, shape=SHAPE)
+    assert plan.kept("0:channel") == 4

@@ -94,6 +94,7 @@ class StructuredEnd(Part):
 
     def __init__(self, settings: EndSettings, criterion: Criterion):
         self.settings, self.criterion = settings, criterion
+        self.final: Decision | None = None
 
     def start(self, run: Sparsifier) -> None:
         """Find the sites; refuse now what could not be met in the end.
@@ -144,7 +145,7 @@ class StructuredEnd(Part):
                 f"training stopped after {run.step} of {run.steps} steps, before its penalty had done its work; train "
                 "on, or plan with fewer steps"
             )
-        found = self.decision(run)
+        found = self.final = self.decision(run)
         kept = sum(int(mask.sum()) for mask in found.masks.values()) / sum(site.units for site in found.sites.values())
         scores = torch.cat(list(found.scores.values()))
         share = float((scores <= NEAR * scores.max()).double().mean())
@@ -154,6 +155,10 @@ class StructuredEnd(Part):
             run.warn(f"every unit of '{dead}' was driven to zero, so nothing passes there: lower the penalty's weight")
 
     def decision(self, run: Sparsifier) -> Decision:
-        """What would go now."""
+        """What would go now; once the training is over, what goes."""
+        return self.decided(run) if self.final is None else self.final
+
+    def decided(self, run: Sparsifier) -> Decision:
+        """The decision on the weights as they are."""
         with evaluating(run.model):
             return self.work.decided(self.criterion)

@@ -34,9 +34,17 @@ def fitting(recipe: Recipe, seed: int, also_at: Sequence[int] = (), progress: Pr
 
 
 def sparse_trained(
-    model: nn.Module, fit: Fitting, method: str, sparsity: float, progress: Progress | None = None, **settings: Any
+    model: nn.Module,
+    fit: Fitting,
+    method: str,
+    sparsity: float | None,
+    progress: Progress | None = None,
+    **settings: Any,
 ) -> Plan:
-    """Train the model in place by the whole recipe of `fit` with a method acting; what stays in the end."""
+    """Train the model in place by the whole recipe of `fit` with a method acting; what stays in the end.
+
+    Without a sparsity the settings hold a `budget`.
+    """
     optimizer = fit.recipe.make_optimizer(model)
     sparsifier = api.sparsify(model, optimizer, method, sparsity, steps=fit.steps, seed=fit.seed, **settings)
     with training(model, fit.seed):

@@ -156,7 +156,7 @@ class GrowingPenalty(StructuredEnd):
             self._choose(run)
 
     def _choose(self, run: Sparsifier) -> None:
-        self.masks = super().decision(run).masks
+        self.masks = self.decided(run).masks
         kept = sum(int(mask.sum()) for mask in self.masks.values()) / sum(s.units for s in self.work.sites.values())
         run.log.append({"step": run.step, "what": "choose", "density": kept})
 
@@ -177,10 +177,12 @@ class GrowingPenalty(StructuredEnd):
         gone = self.pace.on_chosen(update)
         return {name: torch.where(mask, kept, gone) for name, mask in self.masks.items()}
 
-    def decision(self, run: Sparsifier) -> Decision:
+    def decided(self, run: Sparsifier) -> Decision:
         """What was chosen goes, whatever has become of it; before the choice, what would be chosen now."""
-        found = super().decision(run)
-        return self.work.conclude(self.masks, found.scores) if self.masks else found
+        if self.masks:
+            scores = self.work.scores(self.criterion, self.work.whole())
+            return self.work.conclude(self.masks, scores)
+        return super().decided(run)
 
     def state_dict(self) -> dict[str, Any]:
         """The choice; the penalty follows from the step."""

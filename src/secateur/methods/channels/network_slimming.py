@@ -108,9 +108,9 @@ class Slimming(StructuredEnd):
         if run.step < run.steps:
             self.scales.pull(self.rates, torch.sign)
 
-    def decision(self, run: Sparsifier) -> Decision:
-        """What would go now."""
-        return with_warning(super().decision(run), self.rates)
+    def decided(self, run: Sparsifier) -> Decision:
+        """With a warning for what no norm scales."""
+        return with_warning(super().decided(run), self.rates)
 
 
 def plan(task: Task, settings: NetworkSlimmingSettings) -> Decision:
