@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import golden_recipes
+import hrank_recipes
 import pytest
 import torch
 from torch import Tensor, nn
 
 import secateur as sc
+from secateur.core.method import Batch
 from secateur.core.plan import Plan
 from secateur.scores.distances import distance_sums
 
@@ -51,3 +53,12 @@ def test_fpgm_removes_the_official_filters(name):
     made = fpgm_plan(case, distance=case["dist_type"], norm_share=round(1 - case["rate_norm"], 6))
     gone = (~made.masks["0:channel"]).nonzero().flatten().tolist()
     assert gone == sorted(case["gone_by_norm"] + case["gone_by_distance"])
+
+
+def test_hrank_ranks_are_the_official_ones():
+    official = json.loads((HERE / "golden_hrank.json").read_text(encoding="utf-8"))["ranks"]
+    data = [Batch((images,)) for images in hrank_recipes.images()]
+    made = sc.plan(hrank_recipes.network(), "hrank", 0.5, data=data, multiple=1, normalise="none", keep_scores=True)
+    assert made.scores["conv1:channel"].tolist() == pytest.approx(official["relu1"], abs=1e-5)
+    stream = [(first + second) / 2 for first, second in zip(official["relu2"], official["relu3"], strict=True)]
+    assert made.scores["conv2:channel"].tolist() == pytest.approx(stream, abs=1e-5)
