@@ -148,7 +148,7 @@ def compare(file: Path, seeds: int | None, out: Path | None, keep: Path | None, 
     if json:
         show.as_json(rows)
         return
-    columns = ["method", "budget", "amount", "value", "recovered", "parameters", "nonzeros", "prefill", "decode"]
+    columns = ["method", "budget", "amount", "value", "recovered", "parameters", "nonzeros", "flops", "speed"]
     show.table(asked.model, columns, [[_cell(row[name]) for name in columns] for row in rows if not row["error"]])
     show.warn([f"{row['method']} at {row['budget']} {row['amount']}: {row['error']}" for row in rows if row["error"]])
 

@@ -11,6 +11,7 @@ A comparison is a YAML file:
       - {methods: [wanda, sparsegpt, random], sparsity: [0.5, 0.6]}
       - {methods: [cfsp, amp], blocks: [0.2, 0.4]}             # share of the blocks' parameters that goes
       - {methods: [shortgpt], sparsity: [0.2], recover: "finetune:steps=200"}
+      - {methods: [greg], flops: [0.5], train: "finetune:steps=100", recover: "finetune:steps=100"}  # acts in training
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
@@ -29,15 +33,23 @@ from torch import nn
 from secateur import api, recover
 from secateur.core.budget import Budget, Pattern, Quantity
 from secateur.core.errors import SecateurError, SettingsError
+from secateur.core.method import Batch, Method
+from secateur.core.plan import Plan
 from secateur.core.progress import Progress, Silent, track
-from secateur.data.dataset import Splits
+from secateur.data.dataset import Dataset, Splits
 from secateur.io.data import open_data, split_generated
 from secateur.io.models import OpenedModel, open_model
 from secateur.measure import interval, nonzeros, parameters, quality, quality_interval
-from secateur.measure.decoding import decoding
+from secateur.measure.decoding import can_generate, decoding
+from secateur.measure.flops import flops
+from secateur.measure.latency import latency
 from secateur.recover import Request
+from secateur.recover.finetune import recipe_of
 from secateur.shrink.apply import apply_
 from secateur.structure.stacks import main_stack
+from secateur.train.loop import Fitting
+from secateur.train.sparse_fit import fit_sparsely
+from secateur.train.sparsifier import Sparsifier
 from secateur.train.study import Ledger
 
 
@@ -50,15 +62,17 @@ class Rows(BaseModel):
     sparsity: tuple[float, ...] = ()
     pattern: tuple[str, ...] = ()
     parameters: tuple[float, ...] = ()
+    flops: tuple[float, ...] = Field((), description="share of the dense model's FLOPs that stays")
     blocks: tuple[float, ...] = Field((), description="share of the parameters inside the blocks that goes")
     settings: dict[str, Any] = Field(default_factory=dict)
+    train: str = Field("", description="training in which a method acts that is no one-shot method: finetune:steps=...")
     recover: str = Field("", description="a recovery and its settings; the row is measured before and after it")
     label: str = Field("", description="added to the method's name in the table")
     include: tuple[str, ...] | None = Field(None, description="instead of the comparison's")
 
     def budgets(self) -> list[tuple[str, float | str]]:
         """(what is counted, amount)."""
-        kinds = ("sparsity", "pattern", "parameters", "blocks")
+        kinds = ("sparsity", "pattern", "parameters", "flops", "blocks")
         return [(kind, amount) for kind in kinds for amount in getattr(self, kind)]
 
 
@@ -75,6 +89,8 @@ class Comparison(BaseModel):
     seeds: int = 3
     recovered_seeds: int = Field(1, description="recovery is costly: only the first so many seeds are recovered")
     speed: bool = True
+    batches: tuple[int, ...] = Field((1, 128), description="batch sizes at which models that write no text are timed")
+    training: int = Field(4096, description="samples to train on")
     rows: tuple[Rows, ...]
 
 
@@ -102,8 +118,9 @@ class Result(BaseModel):
         value: of the metric; one per seed in `values`, `interval` over the seeds (Student's t).
         sampling: interval over the evaluation's samples, of the first seed.
         parameters, nonzeros: what is left.
-        prefill, decode: speed over the dense model's, measured side by side; None where shapes are the dense ones.
-        recovered: the metric after the row's recovery.
+        flops: left, of the dense model's.
+        speed: what -> speed over the dense model's, measured side by side; empty where shapes are the dense ones.
+        recovered: the metric after the row's recovery, over the recovered seeds; `recovered_interval` likewise.
         error: why there is no result.
     """
 
@@ -116,9 +133,10 @@ class Result(BaseModel):
     sampling: tuple[float, float] | None = None
     parameters: int | None = None
     nonzeros: int | None = None
-    prefill: float | None = None
-    decode: float | None = None
+    flops: float | None = None
+    speed: dict[str, float] = Field(default_factory=dict)
     recovered: float | None = None
+    recovered_interval: tuple[float, float] | None = None
     error: str | None = None
 
 
@@ -132,14 +150,27 @@ def compare(asked: Comparison, keep: Path | None = None, progress: Progress | No
     progress = progress or Silent()
     for rows in asked.rows:
         for name in rows.methods:
-            api.find_method(name).configure(rows.settings)
-        _recovery_of(rows)
+            _check(api.find_method(name), rows)
+        _recovery_of(rows.recover)
     bench = Bench(asked, Ledger(keep, asked.model_dump(mode="json", exclude={"rows", "seeds"})), progress)
     cases = [(rows, name, *budget) for rows in asked.rows for name in rows.methods for budget in rows.budgets()]
     results = [bench.dense()]
     for rows, name, kind, amount in track(cases, progress, "comparison"):
         results.append(bench.row(rows, name, kind, amount))
     return results
+
+
+def _check(entry: Method, rows: Rows) -> None:
+    """Refuse before any work what a row cannot do."""
+    entry.configure(rows.settings)
+    if rows.train:
+        if entry.parts is None:
+            raise SettingsError(f"{entry.name} does not act during training; leave `train` out of its row")
+        if not rows.train.startswith("finetune"):
+            raise SettingsError(f"train: '{rows.train}' is no training; write finetune:steps=100")
+        _recovery_of(rows.train)
+    elif entry.run is None:
+        raise SettingsError(f"{entry.name} is no one-shot method; give its row a training: train: finetune:steps=100")
 
 
 class Bench:
@@ -191,9 +222,10 @@ class Bench:
             sampling=tuple(first["sampling"]) if first["sampling"] else None,
             parameters=round(mean(one["parameters"] for one in found)),
             nonzeros=round(mean(one["nonzeros"] for one in found)),
-            prefill=first.get("prefill"),
-            decode=first.get("decode"),
+            flops=first.get("flops"),
+            speed={name: first[name] for name in self.speeds if name in first},
             recovered=mean(recovered) if recovered else None,
+            recovered_interval=(found_ends.low, found_ends.high) if (found_ends := interval(recovered)) else None,
         )
 
     def result(self, rows: Rows, name: str, kind: str, amount: float | str, seed: int) -> dict[str, Any]:
@@ -205,32 +237,75 @@ class Bench:
 
     def _run(self, rows: Rows, name: str, kind: str, amount: float | str, seed: int) -> dict[str, Any]:
         """Prune a copy and measure it; what a method refuses becomes the row's result."""
-        model, splits = copy.deepcopy(self.opened.model), self.splits(seed)
+        model = copy.deepcopy(self.opened.model)
         try:
-            plan = api.plan(
-                model,
-                name,
-                budget=self._budget(kind, amount),
-                data=splits.calibration,
-                seed=seed,
-                include=rows.include or self.asked.include,
-                source=self.asked.model,
-                **rows.settings,
-            )
+            plan = self._plan(model, rows, name, self._budget(kind, amount), seed)
             apply_(model, plan)
         except SecateurError as error:
             return {"error": str(error)}
         found = self._measured(model)
         if seed == 0 and self.asked.speed and parameters(model) < parameters(self.opened.model):
-            times = decoding({"dense": self.opened.model, "pruned": model}, progress=self.progress)
-            found["prefill"] = times["pruned"].prefill / times["dense"].prefill
-            found["decode"] = times["pruned"].decode / times["dense"].decode
-        recovery = _recovery_of(rows)
+            found |= self._speed(model)
+        recovery = _recovery_of(rows.recover)
         if recovery is not None and seed < self.asked.recovered_seeds:
             way, settings = recovery
-            training = open_data(split_generated(self.asked.data)[0], self.opened, seed, 4096).calibration
-            way.run(Request(model, plan, training, seed, self.progress, self.opened.model), settings)
+            request = Request(model, plan, self._training(seed), seed, self.progress, self.opened.model)
+            way.run(request, settings)
             found["recovered"] = self._measured(model)["value"]
+        return found
+
+    def _plan(self, model: nn.Module, rows: Rows, name: str, budget: Budget, seed: int) -> Plan:
+        """The method's decision: in one shot, or at the end of the row's training, which changes the model."""
+        include = rows.include or self.asked.include
+        if not rows.train:
+            return api.plan(
+                model,
+                name,
+                budget=budget,
+                data=self.splits(seed).calibration,
+                seed=seed,
+                include=include,
+                source=self.asked.model,
+                **rows.settings,
+            )
+        found = _recovery_of(rows.train)
+        assert found is not None  # the row says so
+        fit = Fitting(self._training(seed), recipe_of(found[1]), seed=seed, progress=self.progress)
+        attached: list[Sparsifier] = []
+
+        def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> Sparsifier:
+            settings, steps = rows.settings, fit.steps
+            attached.append(
+                api.sparsify(model, optimizer, name, steps=steps, budget=budget, seed=seed, include=include, **settings)
+            )
+            return attached[0]
+
+        fit_sparsely(fit, model, attach)
+        return attached[0].finish()
+
+    def _training(self, seed: int) -> Dataset:
+        """What is trained on: another draw for each seed."""
+        return open_data(split_generated(self.asked.data)[0], self.opened, seed, self.asked.training).calibration
+
+    @cached_property
+    def speeds(self) -> tuple[str, ...]:
+        """What is timed: reading and writing text, or batches."""
+        text = can_generate(self.opened.model)
+        return ("prefill", "decode") if text else tuple(f"batch {size}" for size in self.asked.batches)
+
+    def _speed(self, model: nn.Module) -> dict[str, float]:
+        """Speed over the dense model's."""
+        if can_generate(model):
+            times = decoding({"dense": self.opened.model, "pruned": model}, progress=self.progress)
+            return {name: getattr(times["pruned"], name) / getattr(times["dense"], name) for name in self.speeds}
+        found = {"flops": float("nan")}
+        for size in self.asked.batches:
+            batch = next(iter(self.splits(0).evaluation.batches(size)))
+            batch = Batch(batch.args, batch.kwargs)
+            pair = {"dense": (self.opened.model, batch), "pruned": (model, batch)}
+            times_of = latency(pair, progress=self.progress)
+            found[f"batch {size}"] = times_of["dense"].median / times_of["pruned"].median
+            found["flops"] = flops(model, batch) / flops(self.opened.model, batch)
         return found
 
     def _measured(self, model: nn.Module) -> dict[str, Any]:
@@ -247,8 +322,8 @@ class Bench:
         if kind == "pattern":
             return Budget.nm(Pattern.parse(str(amount)))
         number = float(amount)
-        if kind == "parameters":
-            return Budget(number, Quantity.PARAMETERS)
+        if kind in ("parameters", "flops"):
+            return Budget(number, Quantity(kind))
         if kind == "blocks":
             stack = main_stack(self.opened.model)
             inside = sum(p.numel() for block in stack.blocks for p in block.parameters())
@@ -258,14 +333,15 @@ class Bench:
 
 def _digest(rows: Rows) -> str:
     """What else a row's results depend on, in a few letters."""
-    text = json.dumps([rows.settings, rows.recover, rows.include], sort_keys=True)
+    own = [rows.settings, rows.recover, rows.include, *([rows.train] if rows.train else [])]
+    text = json.dumps(own, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
-def _recovery_of(rows: Rows) -> tuple[Any, Any] | None:
-    if not rows.recover:
+def _recovery_of(said: str) -> tuple[Any, Any] | None:
+    if not said:
         return None
-    name, _, words = rows.recover.partition(":")
+    name, _, words = said.partition(":")
     way = recover.find(name)
     pairs = dict(word.split("=", 1) for word in words.split(",") if "=" in word)
     return way, way.configure(pairs)
@@ -273,8 +349,9 @@ def _recovery_of(rows: Rows) -> tuple[Any, Any] | None:
 
 def markdown(asked: Comparison, results: list[Result]) -> str:
     """The table as a page."""
-    columns = ["method", "budget", "metric", "over seeds", "over samples", "after recovery", "parameters", "non-zeros"]
-    columns += ["prefill", "decode"]
+    speeds = list(dict.fromkeys(name for one in results for name in one.speed))
+    columns = ["method", "budget", "metric", "over seeds", "over samples", "after recovery", "over seeds"]
+    columns += ["parameters", "non-zeros", "FLOPs", *speeds]
     lines = [
         f"# {asked.model}",
         "",
@@ -285,20 +362,21 @@ def markdown(asked: Comparison, results: list[Result]) -> str:
         f"| {' | '.join(columns)} |",
         "|" + "---|" * len(columns),
     ]
-    return "\n".join([*lines, *(_line(one) for one in results)]) + "\n"
+    return "\n".join([*lines, *(_line(one, speeds) for one in results)]) + "\n"
 
 
-def _line(one: Result) -> str:
+def _line(one: Result, speeds: Sequence[str]) -> str:
     amount = one.amount if isinstance(one.amount, str) else f"{one.amount:g}"
     if one.error is not None:
-        return f"| {one.method} | {one.budget} {amount} | refused: {one.error} | | | | | | | |"
+        return f"| {one.method} | {one.budget} {amount} | refused: {one.error} {'| ' * (7 + len(speeds))}|"
     cells = [one.method, f"{one.budget} {amount}", _number(one.value), _ends(one.interval), _ends(one.sampling)]
     cells += [
         _number(one.recovered),
+        _ends(one.recovered_interval),
         f"{one.parameters:,}",
         f"{one.nonzeros:,}",
-        _times(one.prefill),
-        _times(one.decode),
+        _number(one.flops),
+        *(_times(one.speed.get(name)) for name in speeds),
     ]
     return f"| {' | '.join(cells)} |"
 

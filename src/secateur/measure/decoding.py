@@ -44,6 +44,12 @@ class Decoding:
         return asdict(self)
 
 
+def can_generate(model: nn.Module) -> bool:
+    """Whether it is a transformers model that writes text."""
+    asked = getattr(model, "can_generate", None)
+    return callable(asked) and bool(asked())
+
+
 def decoding(
     models: Mapping[str, nn.Module],
     *,

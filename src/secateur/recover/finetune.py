@@ -31,14 +31,18 @@ class FinetuneSettings(Settings):
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
 
 
+def recipe_of(settings: FinetuneSettings) -> Recipe:
+    """The settings as a recipe."""
+    return Recipe(**settings.model_dump(mode="json"), nesterov=True)
+
+
 def finetune(request: Request, settings: FinetuneSettings) -> dict[str, float]:
     """Train all parameters for some steps; removed weights and their optimiser states stay zero.
 
     Raises:
         NumericsError: the loss became NaN or infinite; gives the step.
     """
-    recipe = Recipe(**settings.model_dump(mode="json"), nesterov=True)
-    fit = Fitting(request.data, recipe, seed=request.seed, progress=request.progress, stage="fine-tuning")
+    fit = Fitting(request.data, recipe_of(settings), seed=request.seed, progress=request.progress, stage="fine-tuning")
     found = fit(request.model, weight_masks(request.plan))
     return {"steps": float(settings.steps), "first_loss": found["first_loss"], "last_loss": found["train_loss"]}
 
