@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from residual_models import After, Before, made, vgg
@@ -150,6 +151,11 @@ def test_expected_activation_divergence_and_importance_against_their_definitions
         hook.remove()
     found = scores(planned(model, criterion="expect_abs", samples=len(DATA)))
     assert found == pytest.approx({name: float(out.abs().mean()) for name, out in outputs.items()}, rel=1e-5)
+
+    found = scores(planned(model, criterion="hrank", samples=len(DATA)))
+    ranks = {name: np.linalg.matrix_rank(out.detach().numpy()).mean() for name, out in outputs.items()}
+    assert found == pytest.approx(ranks, rel=1e-5)
+    assert len(set(found.values())) > 3
 
     found = scores(planned(model, criterion="kl", samples=len(DATA)))
     for name, score in found.items():
@@ -369,6 +375,8 @@ def test_a_block_of_a_transformer_is_attention_and_feed_forward_together():
     plan = sc.plan(model, "layer_lottery", sparsity=0.5, criterion="snip", data=data, keep_scores=True)
     assert len(scores(plan)) == 4
     assert len(gone(plan)) == 2
+    with pytest.raises(ModelError, match="feature maps"):
+        sc.plan(model, "layer_lottery", sparsity=0.5, criterion="hrank", data=data)
     cut = sc.apply_(model, plan)
     assert len(cut.vit.layers) == cut.config.num_hidden_layers == 2
 

@@ -28,7 +28,7 @@ from secateur.scores.sensitivity import (
 )
 from secateur.scores.weights import magnitude, uniform_random
 from secateur.shrink.depth import without_blocks
-from secateur.stats.block_outputs import block_outputs, mean_absolute, pooled
+from secateur.stats.block_outputs import Reduce, block_outputs, mean_absolute, mean_rank, pooled
 from secateur.structure.removable import Removable
 from secateur.structure.sites import weight_layers
 
@@ -38,6 +38,7 @@ class Criterion(StrEnum):
 
     GRASP = "grasp"  # w (H g), signed
     SNIP = "snip"  # |w dL/dw|
+    HRANK = "hrank"  # mean rank of its output's feature maps (Lin et al. 2020)
     EXPECT_ABS = "expect_abs"  # mean absolute output (DropNet, Tan and Motani 2020)
     KL = "kl"  # divergence of the predictions without the block
     PLS = "pls"  # variable importance of its pooled outputs in a regression of the labels
@@ -51,9 +52,9 @@ OF_WEIGHTS = (Criterion.GRASP, Criterion.SNIP, Criterion.L1, Criterion.RANDOM)
 class BlockCriterionSettings(Settings):
     """Settings of everything that scores blocks."""
 
-    criterion: Criterion = Field(Criterion.GRASP, description="grasp, snip, expect_abs, kl, pls, l1 or random")
+    criterion: Criterion = Field(Criterion.GRASP, description="grasp, snip, hrank, expect_abs, kl, pls, l1, random")
     aggregate: Aggregate = Field(Aggregate.SUM, description="of a block's weights, for grasp, snip and l1: sum or mean")
-    samples: int = Field(SNIP_SAMPLES, ge=2, description="samples in the one batch of snip, expect_abs, kl and pls")
+    samples: int = Field(SNIP_SAMPLES, ge=2, description="samples in the one batch of all criteria but grasp")
     per_class: int = Field(GRASP_PER_CLASS, ge=1, description="samples of each class in the two halves of grasp")
     temperature: float = Field(GRASP_TEMPERATURE, gt=0, description="the logits are divided by it, for grasp")
     fresh_head: bool = Field(True, description="grasp scores under a newly drawn (Xavier) output layer")
@@ -83,7 +84,9 @@ def block_scores(task: Task, settings: BlockCriterionSettings, lists: Sequence[R
                 [_divergence(task.model, _batch(task, settings), one, i) for one in lists for i in one.free]
             )
         case Criterion.EXPECT_ABS:
-            found = _activity(task, settings, names)
+            found = _outputs_mean(task, settings, names, mean_absolute)
+        case Criterion.HRANK:
+            found = _outputs_mean(task, settings, names, mean_rank)
         case Criterion.PLS:
             found = _projections(task, settings, names)
         case _:
@@ -126,9 +129,9 @@ def _batch(task: Task, settings: BlockCriterionSettings) -> Batch:
     return drawn(task.batches, settings.samples, task.rng("blocks", "batch"))
 
 
-def _activity(task: Task, settings: BlockCriterionSettings, names: Sequence[str]) -> Tensor:
-    """Mean absolute output, `[blocks]`."""
-    outputs = block_outputs(task.model, [_batch(task, settings)], names, mean_absolute, task.progress)
+def _outputs_mean(task: Task, settings: BlockCriterionSettings, names: Sequence[str], reduce: Reduce) -> Tensor:
+    """Mean over samples of a number for each of a block's outputs, `[blocks]`."""
+    outputs = block_outputs(task.model, [_batch(task, settings)], names, reduce, task.progress)
     return torch.stack([outputs[name].double().mean() for name in names])
 
 

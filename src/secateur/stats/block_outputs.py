@@ -62,3 +62,18 @@ def pooled(block: nn.Module, state: Tensor) -> Tensor:
 def mean_absolute(_: nn.Module, state: Tensor) -> Tensor:
     """The mean absolute activation of every sample, `[samples]`."""
     return state.abs().flatten(1).mean(1)
+
+
+def mean_rank(block: nn.Module, state: Tensor) -> Tensor:
+    """The mean numerical rank of the feature maps of every sample, `[samples]` (Lin et al. 2020, HRank).
+
+    Raises:
+        ModelError: the output is no stack of feature maps `[samples, channels, height, width]`.
+    """
+    if state.dim() != 4 or not channels_first(block):
+        raise ModelError(
+            f"a block returns {list(state.shape)}; ranks are of feature maps [samples, channels, height, width] of "
+            "convolutions, choose another criterion for this model"
+        )
+    ranks: Tensor = torch.linalg.matrix_rank(state)
+    return ranks.float().mean(1)

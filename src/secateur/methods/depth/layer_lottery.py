@@ -8,8 +8,8 @@ training every block is scored by one batch, as the sum over its weights of
 
 and the p lowest of one ranking over all stages go. The rest keeps its own initial weights and is trained by the
 recipe of the dense network: `sc.plan` is the cut, `sc.study` the experiment. `version=trained` is the classic
-lottery: train the dense network, score (also by outputs: `expect_abs`, `kl`, `pls`), put the rest back to its weights
-of step i, train from i to the end at the rates of those steps; `rewind_to=lr` puts back the rates alone.
+lottery: train the dense network, score (also by outputs: `hrank`, `expect_abs`, `kl`, `pls`), put the rest back to its
+weights of step i, train from i to the end at the rates of those steps; `rewind_to=lr` puts back the rates alone.
 
 No code was released. Reconstructed: the sum over a block's weights (with `aggregate=mean` SNIP empties the last stage),
 the batch of SNIP, blocks' outputs as their features. Spared are blocks that change the shape and, if `strict`, those
