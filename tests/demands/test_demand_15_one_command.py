@@ -26,16 +26,17 @@ record = sc.prune(job, "whole-job")
 BY_PROTOCOL = {
     protocol: [n for n, m in sorted(sc.methods().items()) if protocol in m.protocols] for protocol in Protocol
 }
+CONVOLUTIONAL = ("consensus", "network_slimming")  # during training; they need residual blocks of these, or batch norms
 
 
-@pytest.mark.parametrize("method", sorted({*BY_PROTOCOL[Protocol.PLAN]} - {"eep"}))
+@pytest.mark.parametrize("method", sorted({*BY_PROTOCOL[Protocol.PLAN]} - {"eep", "network_slimming"}))
 def test_one_command_for_every_method(place, method):
     words = ["prune", "lm", "--method", method, "--sparsity", "0.5", "--minimum", "1", "--data", "text.txt"]
     words += ["--set", "resolution=5"] if method == "rd" else []  # amounts tried per layer, each a run of the model
     check_result(place / f"one-{method}", method, good(*words, "--out", f"one-{method}"))
 
 
-@pytest.mark.parametrize("method", sorted({*BY_PROTOCOL[Protocol.SPARSIFIER]} - {"consensus"}))
+@pytest.mark.parametrize("method", sorted({*BY_PROTOCOL[Protocol.SPARSIFIER]} - {*CONVOLUTIONAL}))
 def test_one_command_for_every_method_that_trains(place, method):
     words = ["train", "lm", "--method", method, "--sparsity", "0.5", "--minimum", "1", "--data", "text.txt"]
     words += ["--steps", "12", "--evaluate-every", "4", "--recipe", "lr=0.01", "--recipe", "batch=4"]
@@ -60,9 +61,10 @@ def test_one_command_for_experts(place):
     check_result(place / "one-eep", "eep", good(*words, "--out", "one-eep"))
 
 
-def test_one_command_for_a_method_that_needs_convolutions(place):
-    words = ["train", "zoo:digits-resnet", "--method", "consensus", "--sparsity", "0.4", "--steps", "6"]
-    done = good(*words, "--recipe", "batch=32", "--evaluate-every", "3", "--out", "trained-consensus")
+@pytest.mark.parametrize("method", CONVOLUTIONAL)
+def test_one_command_for_a_method_that_needs_convolutions(place, method):
+    words = ["train", "zoo:digits-resnet", "--method", method, "--sparsity", "0.4", "--steps", "6"]
+    done = good(*words, "--recipe", "batch=32", "--evaluate-every", "3", "--out", f"trained-{method}")
     assert "saved in" in done.out
     assert "accuracy" in done.out
 
@@ -73,6 +75,7 @@ AROUND = {
     "journey": {"every": 1, "against": ""},
     "lottery": {"rate": 0.5},
     "oracle": {"candidates": 2, "repeats": 1},
+    "pagcp": {"rounds": 1},
     "plasticity": {"moments": 4},
     "rewinding": {"rate": 0.5},
     "sap": {"rounds": 1},
