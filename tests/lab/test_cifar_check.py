@@ -4,21 +4,23 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from secateur.lab.checks._cifar import CONDITIONS, ResNet20, comparison, crops_and_mirrors
+from secateur.lab.checks._cifar import CONDITIONS, comparison, crops_and_mirrors
+from secateur.lab.cifar import CifarResNet
 from secateur.lab.reproduce import find_check
 from secateur.train.study import Ledger
 
 
 def test_the_network_has_the_parameters_of_the_paper():
-    model = ResNet20()
+    model = CifarResNet()
     assert sum(p.numel() for p in model.parameters()) == 269_722  # 0.27 M, without weights in the shortcuts
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
-    assert ResNet20(64).linear.in_features == 256
+    assert sum(p.numel() for p in CifarResNet(9).parameters()) == 853_018  # ResNet-56, 0.85 M
+    assert CifarResNet(width=64).linear.in_features == 256
     assert {"conv1.weight", "layer2.0.conv1.weight", "layer3.2.bn2.bias", "linear.bias"} <= set(model.state_dict())
 
 
 def test_a_shortcut_between_stages_subsamples_and_pads():
-    block = ResNet20().layer2[0].eval()
+    block = CifarResNet().layer2[0].eval()
     with torch.no_grad():
         block.conv2.weight.zero_()  # the branch gives nothing, the shortcut is left
     x = torch.rand(1, 16, 8, 8)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +17,7 @@ from secateur.core.progress import Progress
 from secateur.data.dataset import Splits
 from secateur.data.files import open_file
 from secateur.lab.checks._training import sparse_trained
+from secateur.lab.cifar import resnet20
 from secateur.lab.reproduce import Expectation, FullCheck, Sample, folder_of
 from secateur.measure import accuracy
 from secateur.shrink.apply import apply_
@@ -44,52 +43,6 @@ CONDITIONS = (
 )
 
 
-class Block(nn.Module):
-    """Two convolutions and a shortcut that subsamples and pads with zeros."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.stride, self.more = stride, outputs - inputs
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[n, inputs, h, w] -> [n, outputs, h / stride, w / stride]."""
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.more:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.more // 2, self.more - self.more // 2))
-        return F.relu(out + x)
-
-
-class ResNet20(nn.Module):
-    """For 32x32 images (He et al. 2016, section 4.2), shortcuts without weights.
-
-    Args:
-        width: channels of the first stage; the others have two and four times as many.
-    """
-
-    def __init__(self, width: int = 16):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        stages = [self._stage(a, b) for a, b in pairwise((width, width, 2 * width, 4 * width))]
-        self.layer1, self.layer2, self.layer3 = stages
-        self.linear = nn.Linear(4 * width, 10)
-
-    @staticmethod
-    def _stage(inputs: int, outputs: int) -> nn.Sequential:
-        first = Block(inputs, outputs, 1 if inputs == outputs else 2)
-        return nn.Sequential(first, *(Block(outputs, outputs, 1) for _ in range(2)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[n, 3, 32, 32] -> logits [n, 10]."""
-        out = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
-        found: Tensor = self.linear(out.mean((2, 3)))
-        return found
-
-
 @cache
 def cifar() -> Splits:
     """The subset to train on and all test images.
@@ -99,17 +52,6 @@ def cifar() -> Splits:
     """
     splits = open_file(f"{folder_of('SECATEUR_DATA', 'cifar10')}?limit={READ}&{PIXELS}")
     return Splits(splits.calibration.sample(SUBSET, 0), splits.evaluation)
-
-
-def pretrained() -> nn.Module:
-    """ResNet-20 with trained weights.
-
-    Raises:
-        DataError: SECATEUR_MODELS names no folder with `resnet20-cifar10`.
-    """
-    model = ResNet20()
-    model.load_state_dict(load_file(folder_of("SECATEUR_MODELS", "resnet20-cifar10") / "model.safetensors"))
-    return model
 
 
 def crops_and_mirrors(images: Tensor, rng: torch.Generator) -> Tensor:
@@ -137,7 +79,7 @@ def fitting(seed: int, progress: Progress) -> Fitting:
 
 def outcome(method: str, level: int, seed: int, progress: Progress, **settings: Any) -> float:
     """Accuracy in percent of the method at a sparsity of `level` percent after the common training."""
-    model, fit, settings = pretrained(), fitting(seed, progress), {**SETTINGS.get(method, {}), **settings}
+    model, fit, settings = resnet20(), fitting(seed, progress), {**SETTINGS.get(method, {}), **settings}
     if Protocol.PLAN not in api.find_method(method).protocols:
         sparse_trained(model, fit, method, level / 100, progress, **settings)
         return right(model)
@@ -157,7 +99,7 @@ def outcome(method: str, level: int, seed: int, progress: Progress, **settings: 
 
 def dense(seed: int, progress: Progress) -> float:
     """Accuracy of the dense network after the common training."""
-    model = pretrained()
+    model = resnet20()
     fitting(seed, progress)(model)
     return right(model)
 
