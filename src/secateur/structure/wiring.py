@@ -17,8 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from secateur.core.errors import ModelError
 from secateur.core.method import Batch
-from secateur.data.batches import run as run_model
-from secateur.data.running import device_of, evaluating, resized
+from secateur.data.running import device_of, evaluating, logits, resized
 
 INPUT = -1  # in place of a layer: the network's inputs
 
@@ -185,14 +184,16 @@ class _Recorder(TorchFunctionMode):
         ways = [(main, side) for main, side in ((one, other), (other, one)) if self.projects(main, side)]
         if len(ways) == 1:
             main, side = ways[0]
+            self.refuse_more(main)
             self.wiring.layers[side.layer].adds_to = main.layer
-            return self.settled(main)
+            return Flow(main.layer)
         main, side = (one, other) if one.layer > other.layer else (other, one)
         plain = main.layer != side.layer and self.wiring.depends(main.layer, side.layer) and not ways
         if not plain or self.wiring.width(main.layer) != self.wiring.width(side.layer):
             self.refuse("a sum", "of other things than a layer's channels and its block's input")
+        self.refuse_more(main)
         self.wiring.layers[main.layer].identity = side.layer
-        return self.settled(main)
+        return Flow(main.layer)
 
     def projects(self, main: Flow, side: Flow) -> bool:
         """Whether `side` is a bare 1x1 convolution of channels that `main` was computed from."""
@@ -201,12 +202,11 @@ class _Recorder(TorchFunctionMode):
         layer = self.wiring.layers[side.layer]
         return layer.per_pair == 1 and self.wiring.depends(self.wiring.layers[main.layer].source, layer.source)
 
-    def settled(self, main: Flow) -> Flow:
-        """The sum: later layers read it as the channels of `main`, which takes one shortcut."""
-        taken = [layer.adds_to for layer in self.wiring.layers].count(main.layer)
-        if taken + (self.wiring.layers[main.layer].identity is not None) > 1:
-            self.refuse("a sum", f"of three and more, the last of them '{self.wiring.layers[main.layer].name}'")
-        return Flow(main.layer)
+    def refuse_more(self, main: Flow) -> None:
+        """A layer takes one shortcut."""
+        layer = self.wiring.layers[main.layer]
+        if layer.identity is not None or main.layer in [other.adds_to for other in self.wiring.layers]:
+            self.refuse("a sum", f"of three and more, '{layer.name}' among them")
 
     # --- refusing -----------------------------------------------------------------------------
 
@@ -242,13 +242,11 @@ def wire(model: nn.Module, example: Batch) -> Wiring:
         example: inputs; two samples are run.
 
     Raises:
-        ModelError: the network holds something else; names the layer and what it computes.
+        ModelError: the network holds something else; names the layer and what it computes. It cannot be run.
     """
     batch = resized(example, 2).to(device_of(model))
     if len(batch.args) != 1 or batch.kwargs or not isinstance(batch.args[0], Tensor) or batch.args[0].dim() < 2:
-        raise ModelError(
-            f"{type(model).__name__} takes more than one tensor of images; only such networks have a graph"
-        )
+        raise ModelError(f"{type(model).__name__} must take one tensor of images and nothing else to have a graph")
     images = batch.args[0]
     wiring = Wiring(inputs=images.shape[1])
     recorder = _Recorder(model, wiring)
@@ -256,7 +254,7 @@ def wire(model: nn.Module, example: Batch) -> Wiring:
     handles = _watch(recorder)
     try:
         with evaluating(model), recorder:
-            run_model(model, batch)
+            logits(model, batch)
     finally:
         for handle in handles:
             handle.remove()

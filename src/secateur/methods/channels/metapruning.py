@@ -51,12 +51,12 @@ from secateur.core.progress import track
 from secateur.core.units import UnitKind
 from secateur.data.batches import as_batches
 from secateur.data.example import describe_example, example_for
-from secateur.data.probe import SAMPLES, of_shape
 from secateur.data.running import evaluating
 from secateur.scores.growing import group_norms, member_weights
 from secateur.shrink.apply import apply_, masked, stamp
 from secateur.shrink.cut import tensors_of
-from secateur.shrink.structured import StructuredSettings, View, Work, begin, refuse_settings
+from secateur.shrink.ending import EndSettings, StructuredEnd
+from secateur.shrink.structured import View, Work, begin, refuse_settings
 from secateur.structure.graph import graph_of
 from secateur.train.meta import MetaSettings, MetaTraining, Subject
 from secateur.train.metanetwork import Metanetwork
@@ -70,7 +70,7 @@ LAST = 1 - 1e-9  # of the units in the last step: a sparsity is below 1
 Row = dict[str, Any]
 
 
-class MetaPruningSettings(StructuredSettings, MetaSettings):
+class MetaPruningSettings(EndSettings, MetaSettings):
     """Settings of pruning by a metanetwork, and of its training."""
 
     metanetwork: str = Field("", description="folder of the metanetwork: written by the study, read by all else")
@@ -83,7 +83,6 @@ class MetaPruningSettings(StructuredSettings, MetaSettings):
         None, gt=1, description="FLOPs of the original network over those that stay; with sparsity 0"
     )
     already: float = Field(1.0, ge=1, description="speed-up that the given network has over its original")
-    shape: tuple[int, ...] = Field((), description="of one input, e.g. 3,32,32, where it cannot be guessed")
     models: int = Field(6, ge=2, description="networks that the study trains where it is given none")
     held_out: float = Field(
         0.2, gt=0, lt=1, description="share of the networks, the last ones, that others are tried on"
@@ -120,7 +119,18 @@ def importance(view: View) -> dict[str, Tensor]:
     return group_norms(view.sites, tensors_of(view.model), member_weights(view.model))
 
 
-def pruned(task: Task, settings: MetaPruningSettings) -> Decision:
+def found_in(task: Task, settings: MetaPruningSettings) -> Work:
+    """The units of a network that may go, and how much.
+
+    Raises:
+        ModelError: there are none.
+        SettingsError, BudgetError: see `goal`.
+    """
+    refuse_settings(settings, "steps")  # the name of a training's length in `sc.study` and `sc.sparsify`
+    return begin(replace(task, budget=goal(task.budget, settings)), settings, settings.filter(task.model))
+
+
+def pruned(work: Work, settings: MetaPruningSettings) -> Decision:
     """The cut by the criterion, in small steps, each scoring what is left; its speed-up is among the facts.
 
     After part i of n floor(i / n) of all units are gone, one at least staying in every site, until the cost is the
@@ -129,13 +139,9 @@ def pruned(task: Task, settings: MetaPruningSettings) -> Decision:
     Raises:
         BudgetError: out of reach; gives the reachable range.
     """
-    refuse_settings(settings, "steps")  # the name of a training's length in `sc.study` and `sc.sparsify`
-    work = begin(task, settings)
-    aim = _aim(work)
-    masks = work.whole()
-    scores: dict[str, Tensor] = {}
-    for step in track(range(1, settings.parts + 1), task.progress, "pruning"):
-        share = step / settings.parts * (work.budget.sparsity if aim is None else LAST)
+    aim, masks, scores = cost_aim(work), work.whole(), dict[str, Tensor]()
+    for part in track(range(1, settings.parts + 1), work.task.progress, "pruning"):
+        share = part / settings.parts * (work.budget.sparsity if aim is None else LAST)
         scores = work.scores(importance, masks)
         masks = work.choose(scores, Budget(share, floor=work.budget.floor), masks)
         if aim is not None and aim(masks):
@@ -146,7 +152,7 @@ def pruned(task: Task, settings: MetaPruningSettings) -> Decision:
     return decision
 
 
-def _aim(work: Work) -> Callable[[Mapping[str, Tensor]], bool] | None:
+def cost_aim(work: Work) -> Callable[[Mapping[str, Tensor]], bool] | None:
     """Whether masks are within a budget of cost; None where the budget is a share of the units."""
     cost, budget = work.cost, work.budget
     if cost is None:
@@ -190,29 +196,28 @@ def changed(net: Metanetwork, model: nn.Module, example: Batch) -> dict[str, Ten
 
 def plan(task: Task, settings: MetaPruningSettings) -> Decision:
     """New weights, and the cut that they allow."""
-    asked = goal(task.budget, settings)
-    weights = changed(opened(settings), task.model, example_for(task.model, task.example))
+    work = found_in(task, settings)
+    weights = changed(opened(settings), task.model, work.example)
     with masked(task.model, Plan({}, {}, weights=weights)):
-        decision = pruned(replace(task, budget=asked), settings)
+        decision = pruned(work, settings)
     decision.weights = weights
     return decision
 
 
-class Eased(Part):
+class Eased(StructuredEnd):
     """New weights before the first step; the cut when training is over."""
 
-    ready_at_end = True
+    settings: MetaPruningSettings
 
     def __init__(self, order: Order, settings: MetaPruningSettings):
-        self.settings, self.budget, self.net = settings, goal(order.budget, settings), opened(settings)
-        self.done = False
-        self.found: Decision | None = None
+        super().__init__(settings, importance)
+        self.budget, self.net, self.done = goal(order.budget, settings), opened(settings), False
 
     def start(self, run: Sparsifier) -> None:
-        """Refuse what cannot be done before anything is trained."""
-        shape = self.settings.shape
-        self.example = of_shape(run.model, (SAMPLES, *shape)) if shape else example_for(run.model)
-        begin(self._task(run), self.settings)
+        """Find the sites; refuse now what could not be met in the end."""
+        super().start(run)
+        self.work = replace(self.work, task=replace(self.work.task, budget=self.budget))
+        cost_aim(self.work)
 
     def before_batch(self, run: Sparsifier) -> None:
         """Once: the network gets its new weights."""
@@ -220,35 +225,20 @@ class Eased(Part):
             return
         parameters = dict(run.model.named_parameters())
         with torch.no_grad():
-            for name, value in changed(self.net, run.model, self.example).items():
+            for name, value in changed(self.net, run.model, self.work.example).items():
                 parameters[name].copy_(value)
         self.done = True
         run.log.append({"step": run.step, "what": "new weights", "density": 1.0})
 
-    def _task(self, run: Sparsifier) -> Task:
-        order = run.order
-        return Task(
-            run.model,
-            self.budget,
-            seed=order.seed,
-            include=order.include,
-            exclude=order.exclude,
-            progress=run.progress,
-            example=self.example,
-        )
-
     def finish(self, run: Sparsifier) -> None:
-        """Choose the units that go."""
+        """Any length of fine-tuning will do."""
         if run.step < run.steps:
             run.warn(f"fine-tuned for {run.step} of {run.steps} steps before the cut")
-        self.found = self.decision(run)
 
     def decision(self, run: Sparsifier) -> Decision:
         """The cut of the network as it is now."""
-        if self.found is not None:
-            return self.found
         with evaluating(run.model):
-            return pruned(self._task(run), self.settings)
+            return pruned(self.work, self.settings)
 
     def state_dict(self) -> dict[str, Any]:
         """Whether the weights are in."""
@@ -278,7 +268,7 @@ class Trials:
 
     def __init__(self, study: Study, settings: MetaPruningSettings, networks: Mapping[int, Subject]):
         self.study, self.settings, self.networks = study, settings, networks
-        self.budget, self.fit = goal(study.budget, settings), study.extras.get("tune", study.fit)
+        self.fit = study.extras.get("tune", study.fit)
         self.stop = int(getattr(self.fit, "steps", study.steps))
         self.start = 0 if "tune" in study.extras else self.stop - round(settings.tune * self.stop)
 
@@ -303,13 +293,11 @@ class Trials:
         figures["changed"] = self._figure(model)
         figures["tuned"] = float(self.fit(model, {}, self.start, self.stop)[self.study.metric])
         figures["spread"] = spread(subject, model)
-        state, example = model_state(model), _example(self.study, model)
-        study = self.study
-        task = Task(model, self.budget, seed=study.seed, include=study.include, exclude=study.exclude, example=example)
+        state, task = model_state(model), task_of(self.study, model)
         with evaluating(model):
-            decision = pruned(task, self.settings)
+            decision = pruned(found_in(task, self.settings), self.settings)
         figures["speedup"] = next(iter(decision.facts.values()))["speedup"]
-        apply_(model, Plan(decision.sites, decision.masks), example=example)
+        apply_(model, Plan(decision.sites, decision.masks), example=task.example)
         return {"figures": figures | {"pruned": self._figure(model)}, "state": state, "masks": dict(decision.masks)}
 
     def _figure(self, model: nn.Module) -> float:
@@ -319,9 +307,8 @@ class Trials:
         """A held-out network's cut, and the weights after A that it is for."""
         found, model = self.result(epoch, index, net), copy.deepcopy(self.networks[index].model)
         put_back(model, found["state"])
-        made = Plan(
-            dict(self.networks[index].sites), found["masks"], example=describe_example(_example(self.study, model))
-        )
+        example = describe_example(task_of(self.study, model).example)
+        made = Plan(dict(self.networks[index].sites), found["masks"], example=example)
         stamp(model, made)
         return made, found["state"]
 
@@ -358,14 +345,16 @@ def _trained(study: Study, index: int) -> nn.Module:
     return model
 
 
-def _example(study: Study, model: nn.Module) -> Batch:
-    return example_for(model, study.extras.get("example", getattr(study.fit, "data", None)))
+def task_of(study: Study, model: nn.Module) -> Task:
+    """A network of the study as something to prune."""
+    example = example_for(model, study.extras.get("example", getattr(study.fit, "data", None)))
+    return Task(model, study.budget, seed=study.seed, include=study.include, exclude=study.exclude, example=example)
 
 
-def _subject(study: Study, settings: MetaPruningSettings, model: nn.Module) -> Subject:
-    example = _example(study, model)
-    task = Task(model.eval(), study.budget, include=study.include, exclude=study.exclude, example=example)
-    return Subject(model, graph_of(model, example), begin(task, settings).sites)
+def subject_of(study: Study, settings: MetaPruningSettings, model: nn.Module) -> Subject:
+    """A network of the study as something to learn on."""
+    work = found_in(task_of(study, model.eval()), settings)
+    return Subject(model, graph_of(model, work.example), work.sites)
 
 
 def _checked(study: Study, settings: MetaPruningSettings) -> tuple[int, ...]:
@@ -390,7 +379,7 @@ def metapruning(study: Study, settings: MetaPruningSettings) -> Findings:
     tried = _checked(study, settings)
     given = study.extras.get("training", getattr(study.fit, "data", None))
     batches = as_batches(study.extra("training", "metapruning") if given is None else given, settings.batch)
-    subjects = [_subject(study, settings, model) for model in data_models(study, settings)]
+    subjects = [subject_of(study, settings, model) for model in data_models(study, settings)]
     learn = max(1, len(subjects) - max(1, round(settings.held_out * len(subjects))))
     training = MetaTraining(study, subjects[:learn], batches, settings)
     epochs = training.run()
