@@ -22,7 +22,7 @@ from secateur.measure import flops
 
 BUDGET, WEIGHT = Budget(0.3, Quantity.FLOPS), 0.03
 CLAIMS = {
-    "at_once": Expectation("accuracy in percent right after the cut to 30 % of the FLOPs, no tuning", ">= 70", "both"),
+    "at_once": Expectation("accuracy in percent right after the cut to 30 % of the FLOPs, no tuning", ">= 50", "both"),
     "separated": Expectation("share of scales below a hundredth of the largest", ">= 0.4", "baseline"),
     "budget": Expectation(
         "miss of the 30 % by the cut network, as a fraction of the dense one's FLOPs (baseline: 30 % of the channels)",
