@@ -16,6 +16,7 @@ from secateur.core.errors import NumericsError, SettingsError
 from secateur.core.method import Batch
 from secateur.core.plan import Plan
 from secateur.measure import flops
+from secateur.methods.channels.fpgm import FpgmSettings, score
 
 IMAGES = torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -114,9 +115,9 @@ def test_other_distances_are_what_their_names_say(distance):
 @pytest.mark.parametrize("distance", ["l1", "cos"])
 def test_released_they_are_euclidean(distance):
     released = plan(net(), distance=distance, reference=True, norm_share=0.25)
-    for name, score in plan(net(), norm_share=0.25).scores.items():
-        assert torch.equal(released.scores[name], score)
-        assert not torch.equal(plan(net(), distance=distance, norm_share=0.25).scores[name], score)
+    for name, value in plan(net(), norm_share=0.25).scores.items():
+        assert torch.equal(released.scores[name], value)
+        assert not torch.equal(plan(net(), distance=distance, norm_share=0.25).scores[name], value)
 
 
 def test_what_all_filters_share_does_not_count():
@@ -152,6 +153,12 @@ def test_a_tenth_of_ten_is_one():
     """Rounded as in the released code, int(10 * (1 - 0.9)), it would be none."""
     scores = plan(net(), norm_share=0.1).scores["stem:channel"]
     assert int((scores < 0).sum()) == 1
+
+
+def test_the_share_is_counted_without_rounding_errors():
+    """0.29 * 100 is 28.999999999999996."""
+    rows = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
+    assert int((score([rows], FpgmSettings(norm_share=0.29)) < 0).sum()) == 29
 
 
 def test_in_one_step_copies_go_together_in_several_one_stays():
