@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from secateur.core import catalogue
-from secateur.core.budget import Budget, Pattern
+from secateur.core.budget import Budget, Pattern, Quantity
 from secateur.core.distributed import agreed
 from secateur.core.errors import BudgetError, DataError, ModelError, NumericsError, SettingsError
 from secateur.core.fingerprint import data_digest
@@ -113,7 +113,7 @@ def plan(
     budget = budget_of(entry, sparsity, pattern, budget)
     _refuse_sick(model)
     batches = calibration(entry, checked, data)
-    runs = entry.structured or checked.uses_example
+    runs = entry.structured or checked.uses_example or budget.quantity is Quantity.FLOPS
     task = Task(
         model=model,
         budget=budget,

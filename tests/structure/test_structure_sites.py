@@ -107,3 +107,10 @@ def test_nothing_left_says_why():
         weight_layers(nn.Embedding(2, 2))
     with pytest.raises(ModelError, match=r"2 were skipped, the first is '0\.weight': left out by the include/exclude"):
         weight_layers(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), wants=lambda name: False)
+
+
+def test_weights_computed_from_others_are_skipped_with_the_reason():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 2))
+    found = weight_layers(model)
+    assert found.layers.keys() == {"1.weight"}
+    assert "parametrize" in found.skipped["0.weight"]

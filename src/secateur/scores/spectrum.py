@@ -5,8 +5,10 @@ All decompositions are computed in float64 where a weight is smaller than that; 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from math import floor
 from typing import Self
 
 import torch
@@ -23,7 +25,18 @@ class Rule(StrEnum):
     ENERGY = "energy"  # the fewest whose squares add up to this share
     SUM = "sum"  # the fewest that add up to this share
     VALUE = "value"  # the leading ones of at least this size
-    RATE = "rate"  # this share of their number
+    RATE = "rate"  # this share of their number, rounded down
+
+    def checked(self, amount: float) -> float:
+        """The amount, if the rule can keep it.
+
+        Raises:
+            SettingsError: nothing would stay, or more than there is.
+        """
+        if not amount > 0 or (self is not Rule.VALUE and amount > 1):
+            reach = "above 0" if self is Rule.VALUE else "in (0, 1]: a share of all there is"
+            raise SettingsError(f"amount={amount:g} with rule={self.value} is not possible; give a number {reach}")
+        return amount
 
 
 def matrices(weight: Tensor, scheme: Scheme) -> Tensor:
@@ -90,26 +103,39 @@ class Spectrum:
         """Decompose a weight.
 
         Raises:
-            NumericsError: NaN or infinity in it; names the layer.
+            NumericsError: NaN or infinity in it, or the decomposition does not converge; names the layer.
         """
         if not all_finite(weight):
             raise NumericsError(f"'{name}' holds NaN or infinity and has no singular values; repair the model first")
         wide = matrices(weight.detach(), scheme).double()
-        left, values, right = torch.linalg.svd(wide, full_matrices=False)
+        try:
+            left, values, right = torch.linalg.svd(wide, full_matrices=False)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise NumericsError(
+                f"the singular values of '{name}' were not found; exclude the layer ({error})"
+            ) from error
         return cls(scheme, weight.shape, left, values, right)
 
     def rank(self, rule: Rule, amount: float) -> int:
         """How many singular values the rule keeps, at least 1; of several matrices the largest number."""
         return max(ranks(self.values, rule, amount))
 
-    def truncated(self, counts: list[int]) -> tuple[Tensor, Tensor]:
-        """The weight with the leading `counts[i]` values of its i-th matrix, and U_r V_r^T in the weight's shape."""
-        keep = torch.arange(self.values.shape[1], device=self.values.device) < torch.tensor(
-            counts, device=self.values.device
-        ).unsqueeze(1)
-        kept = self.left * keep.to(self.left.dtype).unsqueeze(1)
-        weight = (kept * self.values.unsqueeze(1)) @ self.right
-        return restored(weight, self.scheme, self.shape), restored(kept @ self.right, self.scheme, self.shape)
+    def cut(self, counts: Sequence[int]) -> Self:
+        """The same without all but the leading `counts[i]` values of the i-th matrix: they become 0."""
+        places = torch.arange(self.values.shape[1], device=self.values.device)
+        keep = places < torch.tensor(counts, device=self.values.device).unsqueeze(1)
+        return replace(self, values=self.values * keep)
+
+    @property
+    def weight(self) -> Tensor:
+        """U S V^T in the weight's shape, float64."""
+        return restored((self.left * self.values.unsqueeze(1)) @ self.right, self.scheme, self.shape)
+
+    @property
+    def direction(self) -> Tensor:
+        """U V^T of the values above 0, in the weight's shape: a subgradient of the nuclear norm at `weight`."""
+        there = (self.values > 0).to(self.left.dtype)
+        return restored((self.left * there.unsqueeze(1)) @ self.right, self.scheme, self.shape)
 
     def energy(self, rank: int) -> float:
         """Share of the squared singular values that the leading `rank` of every matrix hold; 1 for a zero weight."""
@@ -142,9 +168,14 @@ class Spectrum:
 
 
 def ranks(values: Tensor, rule: Rule, amount: float) -> list[int]:
-    """How many leading singular values stay, for each row of `[m, n]`; at least 1."""
+    """How many leading singular values stay, for each row of `[m, n]`; at least 1.
+
+    Raises:
+        SettingsError: a share that is not in (0, 1].
+    """
+    rule.checked(amount)
     if rule is Rule.RATE:
-        return [max(1, int(amount * values.shape[1]))] * len(values)
+        return [max(1, floor(amount * values.shape[1] + 1e-9))] * len(values)
     if rule is Rule.VALUE:
         return (values >= amount).cumprod(1).sum(1).clamp(min=1).tolist()
     sizes = values.square() if rule is Rule.ENERGY else values

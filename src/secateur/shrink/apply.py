@@ -45,7 +45,7 @@ def changed_weights(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor,
 def stamp(model: nn.Module, plan: Plan) -> None:
     """Record in the plan which model it was made on and what its weights become."""
     plan.planned_on = digests(dict(model.named_parameters()))
-    plan.applied = {} if structured(plan) else _applied(model, plan)
+    plan.applied = {} if structured(plan) or plan.additions else _applied(model, plan)
 
 
 def _applied(model: nn.Module, plan: Plan) -> dict[str, str]:

@@ -16,7 +16,8 @@ from secateur.core.plan import Plan
 from secateur.core.units import UnitKind
 from secateur.structure.analysis import Structure
 
-STRUCTURED = frozenset(UnitKind) - {UnitKind.WEIGHT, UnitKind.BLOCK}
+# ranks are no part of any tensor: layers that lose some are replaced (`shrink.factorised`)
+STRUCTURED = frozenset(UnitKind) - {UnitKind.WEIGHT, UnitKind.BLOCK, UnitKind.RANK}
 
 Undo = Callable[[], None]
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from secateur.allocate.structured import Counts, meet_cost
 from secateur.core.budget import Budget, Quantity
 from secateur.core.errors import BudgetError, ModelError
 from secateur.core.method import Batch, Decision
-from secateur.core.units import Scheme, Site, UnitKind
+from secateur.core.units import Layout, Scheme, Site, UnitKind
 from secateur.data.batches import run
 from secateur.data.running import evaluating
 from secateur.measure.flops import flops
 from secateur.scores.spectrum import Rule, Spectrum, full_rank
-from secateur.structure.layers import layout_of
 from secateur.structure.sites import weight_layers
+
+
+def undecided(budget: Budget) -> bool:
+    """Whether a budget leaves ranks to a rule: sparsity 0."""
+    return budget.quantity is Quantity.SPARSITY and budget.of(UnitKind.RANK).amount == 0
 
 
 @dataclass(frozen=True)
@@ -66,9 +72,21 @@ class RankLayer:
         """Weights of one rank."""
         return sum(self.sides)
 
+    @property
+    def uses(self) -> tuple[int, int]:
+        """How often weights of the first and of the second factor are used for one output, borders aside.
+
+        A factor that comes before a stride works at the finer resolution.
+        """
+        if not isinstance(self.module, nn.Conv2d) or self.scheme is Scheme.CHANNEL:
+            return 1, 1
+        height, width = self.module.stride
+        return (width, 1) if self.scheme is Scheme.SPATIAL else (height * width, 1)
+
     def pays(self, rank: int) -> bool:
-        """Whether the two layers have fewer weights than the one."""
-        return rank * self.cost < self.weight.numel()
+        """Whether the two layers have fewer weights than the one, and fewer multiplications."""
+        work = sum(side * use for side, use in zip(self.sides, self.uses, strict=True))
+        return rank * max(self.cost, work) < self.weight.numel()
 
     @property
     def site(self) -> Site:
@@ -104,9 +122,11 @@ class RankLayers:
             ModelError: no layer is left.
         """
         found, skipped = {}, {}
-        for parameter, layer in weight_layers(model, wants, needed=False).layers.items():
-            name, module = parameter.removesuffix(".weight"), layer.module
-            reason = _unfit(module, linear)
+        listed = weight_layers(model, wants, needed=False)
+        shared = _shared(model)
+        for parameter, layer in listed.layers.items():
+            name, module = parameter.rpartition(".")[0], layer.module
+            reason = _unfit(module, linear, layer.site.layout) or shared.get(id(layer.module.weight), "")
             if reason:
                 skipped[name] = reason
             else:
@@ -114,7 +134,7 @@ class RankLayers:
         if not found:
             raise ModelError(
                 f"{type(model).__name__} has no layer whose rank could be cut"
-                + "".join(f"; '{name}' is left alone: {why}" for name, why in list(skipped.items())[:1])
+                + "".join(f"; '{name}' is left alone: {why}" for name, why in [*skipped.items()][:1])
             )
         return cls(model, found, skipped)
 
@@ -139,8 +159,16 @@ class RankLayers:
             if counts[name] < layer.full
         )
 
-    def cost(self, budget: Budget, example: Batch) -> Callable[[Counts], float]:
-        """What a budget counts, as a function of ranks.
+    def by_rule(self, spectra: Mapping[str, Spectrum], rule: Rule, amount: float) -> Counts:
+        """The ranks that a rule keeps, layer by layer.
+
+        Raises:
+            SettingsError: a share that is not in (0, 1].
+        """
+        return self.worth({name: spectra[name].rank(rule, amount) for name in self.layers})
+
+    def cost(self, budget: Budget, example: Callable[[], Batch]) -> Callable[[Counts], float]:
+        """What a budget counts, as a function of ranks; only FLOPs need an example.
 
         Raises:
             BudgetError: it counts something else than parameters or FLOPs.
@@ -148,21 +176,28 @@ class RankLayers:
         if budget.quantity is Quantity.PARAMETERS:
             return self.parameters
         if budget.quantity is Quantity.FLOPS:
-            return Work.of(self, example).flops
+            return Work.of(self, example()).flops
         raise BudgetError(f"ranks take a budget in parameters or flops, or a sparsity of parameters, not in {budget}")
 
-    def within(self, spectra: Mapping[str, Spectrum], budget: Budget, example: Batch) -> Counts:
+    def within(self, spectra: Mapping[str, Spectrum], budget: Budget, example: Callable[[], Batch]) -> Counts:
         """Ranks that meet a budget: the largest share of energy, common to all layers, that it allows.
+
+        No layer falls below the budget's floor; one that would not get smaller or cheaper stays whole.
 
         Raises:
             BudgetError: out of reach; gives the reachable range.
         """
+        budget = budget.of(UnitKind.RANK)
+        least = {name: min(layer.full, max(1, budget.floor)) for name, layer in self.layers.items()}
         if budget.quantity in (Quantity.SPARSITY, Quantity.DENSITY):
             budget = Budget(1 - budget.sparsity, Quantity.PARAMETERS)
         sites = {name: layer.site for name, layer in self.layers.items()}
 
         def at(share: float) -> Counts:
-            return self.worth({name: spectra[name].rank(Rule.ENERGY, 1 - share) for name in sites})
+            if share >= 1:
+                return self.worth(least)
+            found = {name: spectra[name].rank(Rule.ENERGY, 1 - share) for name in sites}
+            return self.worth({name: max(rank, least[name]) for name, rank in found.items()})
 
         return meet_cost(at, sites, budget, self.cost(budget, example), 1.0)
 
@@ -179,20 +214,44 @@ class RankLayers:
             if rank < layer.full:
                 found.additions.append(_addition(layer, rank))
                 found.weights.update(_values(layer, spectrum, rank))
-        found.warnings = [f"'{name}' is left alone: {why}" for name, why in self.skipped.items()]
+        found.warnings = self._left_alone(name for name in self.layers if counts[name] == self.layers[name].full)
         return found
 
+    def _left_alone(self, whole: Iterable[str]) -> list[str]:
+        """One sentence for each reason why layers are not factorised."""
+        names = defaultdict(list)
+        for name, reason in self.skipped.items():
+            names[reason].append(name)
+        names["two thinner layers would not be smaller than the one"] += whole
+        return [
+            f"{len(found)} layer{'s are' if len(found) > 1 else ' is'} not factorised, "
+            f"'{found[0]}'{' first' if len(found) > 1 else ''}: {reason}"
+            for reason, found in names.items()
+            if found
+        ]
 
-def _unfit(module: nn.Module, linear: bool) -> str:
+
+def _shared(model: nn.Module) -> dict[int, str]:
+    """For weights that are in the model more than once, by their `id`: why they cannot be replaced."""
+    places = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module.parameters(recurse=False):
+            places[id(parameter)].append(name)
+    return {key: f"its weight is that of '{names[1]}' too" for key, names in places.items() if len(names) > 1}
+
+
+def _unfit(module: nn.Module, linear: bool, layout: Layout) -> str:
     """Why a layer cannot be factorised; empty if it can."""
-    if isinstance(module, nn.Conv2d):
-        if module.groups > 1:
-            return f"its {module.groups} groups are small layers of their own"
-        return "1 x 1 kernels were not asked for" if module.kernel_size == (1, 1) and not linear else ""
-    layout = layout_of(module)
-    if layout is None or not (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"):
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight and does not call it"
+    plain = layout is Layout.TRANSPOSED or type(module).forward in (nn.Linear.forward, nn.Conv2d.forward)
+    if not plain:
         return f"layers of class {type(module).__name__} are not factorised"
-    return "" if linear else "linear layers were not asked for"
+    if isinstance(module, nn.Conv2d) and module.groups > 1:
+        return "grouped convolutions are many small layers"
+    if linear or (isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)):
+        return ""
+    return "linear layers and 1 x 1 kernels were not asked for"
 
 
 def _addition(layer: RankLayer, rank: int) -> dict[str, Any]:
@@ -226,14 +285,16 @@ class Work:
         found = cls(flops(layers.model, example), layers)
 
         def watch(name: str, layer: RankLayer) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                counts = _places(layer, args[0], output)
+            def hook(module: nn.Module, args: tuple[Tensor, ...], given: dict[str, Tensor], output: Tensor) -> None:
+                counts = _places(layer, args[0] if args else next(iter(given.values())), output)
                 before = found.places.get(name, (0, 0, 0))
                 found.places[name] = (before[0] + counts[0], before[1] + counts[1], before[2] + counts[2])
 
             return hook
 
-        handles = [one.module.register_forward_hook(watch(name, one)) for name, one in layers.layers.items()]
+        handles = [
+            one.module.register_forward_hook(watch(name, one), with_kwargs=True) for name, one in layers.layers.items()
+        ]
         try:
             with evaluating(layers.model):
                 run(layers.model, example)
@@ -259,9 +320,9 @@ def _places(layer: RankLayer, x: Tensor, output: Tensor) -> tuple[int, int, int]
     if layer.weight.dim() == 2:
         rows = x.numel() // x.shape[-1]
         return rows, rows, rows
-    after = output.shape[0] * output.shape[-2] * output.shape[-1]
+    after = output.numel() // output.shape[-3]  # also without a dimension of samples
     if layer.scheme is Scheme.CHANNEL:
         return after, after, after
     if layer.scheme is Scheme.SPATIAL:  # the first factor takes care of the height only
-        return after, output.shape[0] * output.shape[-2] * x.shape[-1], after
-    return after, x.shape[0] * x.shape[-2] * x.shape[-1], after
+        return after, after // output.shape[-1] * x.shape[-1], after
+    return after, x.numel() // x.shape[-3], after

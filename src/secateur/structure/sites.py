@@ -58,6 +58,9 @@ def weight_layers(
         if layout is None or not parameter.startswith(prefixes):
             continue
         others = users[id(module.weight)]
+        if not others:
+            skipped[parameter] = "is computed from other parameters (torch.nn.utils.parametrize)"
+            continue
         first = others[0][0]
         foreign = [other for other, user in others if layout_of(user) is not layout]
         if not wants(parameter):

@@ -1,7 +1,8 @@
 """Truncated singular values: a layer's weight as a product of two thinner ones, after training.
 
 A weight, seen as a matrix M = U S V^T, keeps its leading r singular values: of all matrices of rank r that is the
-nearest (Eckart, Young 1936). The layer becomes two, and smaller where r is small enough; otherwise it stays whole.
+nearest (Eckart, Young 1936). The layer becomes two where that has fewer weights and multiplications; otherwise it
+stays whole, and the plan says so.
 Schemes of convolutions `[N, C, k_h, k_w]`:
 
     channel    M = [N, C k_h k_w]: k_h x k_w convolution to r channels, then 1 x 1      (Zhang, Zou, He, Sun 2015)
@@ -15,15 +16,16 @@ values, the largest one that it allows. At sparsity 0 `rule` decides: every laye
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from secateur.core import tags as t
-from secateur.core.budget import Quantity
 from secateur.core.method import Decision, Group, Method, Protocol, Settings, Task
 from secateur.core.units import Scheme, UnitKind
 from secateur.data.example import example_for
 from secateur.scores.spectrum import Rule
-from secateur.shrink.ranks import RankLayers
+from secateur.shrink.ranks import RankLayers, undecided
 
 
 class SvdSettings(Settings):
@@ -34,20 +36,20 @@ class SvdSettings(Settings):
     rule: Rule = Field(Rule.ENERGY, description="at sparsity 0: energy, sum, value or rate")
     amount: float = Field(0.9, gt=0, description="what the rule keeps, e.g. this share of the energy")
 
-    @property
-    def uses_example(self) -> bool:
-        """Budgets in FLOPs need the sizes of feature maps."""
-        return True
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        self.rule.checked(self.amount)
+        return self
 
 
 def plan(task: Task, settings: SvdSettings) -> Decision:
     """Decompose every layer, choose ranks, write the factors."""
     layers = RankLayers.find(task.model, settings.scheme, task.wants, settings.linear)
     spectra = layers.spectra()
-    if task.budget.quantity is Quantity.SPARSITY and task.budget.sparsity == 0:
-        counts = layers.worth({name: one.rank(settings.rule, settings.amount) for name, one in spectra.items()})
+    if undecided(task.budget):
+        counts = layers.by_rule(spectra, settings.rule, settings.amount)
     else:
-        counts = layers.within(spectra, task.budget, example_for(task.model, task.example))
+        counts = layers.within(spectra, task.budget, lambda: example_for(task.model, task.example))
     return layers.decision(spectra, counts, task.keep_scores)
 
 
