@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from secateur.allocate.depth import keep_without
@@ -80,8 +79,3 @@ class InnerFilters:
         plan = Plan(dict(self.sites), masks, example=describe_example(self.example))
         stamp(self.model, plan)
         return plan
-
-
-def random_scores(sites: Mapping[str, Site], rng: torch.Generator) -> dict[str, Tensor]:
-    """Independent draws for every weight of the named parameters, in order."""
-    return {name: torch.rand(site.shape, generator=rng) for name, site in sites.items()}
