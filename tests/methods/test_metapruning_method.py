@@ -1,6 +1,7 @@
 """Meta pruning on a user's way: meta-training, the folder, unseen networks, in training and at once; kills, errors."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -228,8 +229,11 @@ def test_the_study_saves_what_is_best_on_held_out_networks(study):
     best = max(found.rows[1:], key=lambda row: row["pruned"])
     assert found.summary["with"]["pruned"] == best["pruned"]
     assert found.summary["without"]["changed"] == found.rows[0]["dense"]
-    assert len(found.summary["training"]) == 2
-    assert all(epoch["task"] > 0 and epoch["sparse"] > 0 for epoch in found.summary["training"])
+    about = json.loads((place / "metanetwork.json").read_text())["about"]
+    assert about["epoch"] == found.summary["epoch"]
+    assert about["training"][-1] == found.summary["training"]
+    assert len(about["training"]) == 2
+    assert all(epoch["task"] > 0 and epoch["sparse"] > 0 for epoch in about["training"])
     net = Metanetwork.load(place)
     assert (net.shape.layers, net.shape.width, net.family.edges) == (1, 4, (9,))
     unseen = trained(seed=77, width=5)

@@ -389,6 +389,7 @@ def metapruning(study: Study, settings: MetaPruningSettings) -> Findings:
     best = max(rows, key=lambda epoch: sign * _mean(rows[epoch], "pruned"))
     net = training.network(best)
     about = {"epoch": best, "networks": learn, "seed": study.seed, "settings": settings.model_dump(mode="json")}
+    about["training"] = epochs
     net.save(settings.metanetwork, about, force=True)
     figures = [name for name in without[0] if name not in ("epoch", "network")]
     summary = {
@@ -396,7 +397,7 @@ def metapruning(study: Study, settings: MetaPruningSettings) -> Findings:
         "metanetwork": settings.metanetwork,
         "with": {name: _mean(rows[best], name) for name in figures},
         "without": {name: _mean(without, name) for name in figures},
-        "training": epochs,
+        "training": epochs[-1],
     }
     plan, state = trials.plan(best, learn, net)
     return Findings([*without, *(row for some in rows.values() for row in some)], summary, state=state, plan=plan)
