@@ -93,7 +93,7 @@ def tasks(data: Dataset, seed: int, name: str) -> Batch:
     places = torch.linspace(-1, 1, 8)
     mass = images[:, 0] / images.sum((1, 2, 3)).clamp_min(1e-6)[:, None, None]
     centre = [(mass * places[:, None]).sum((1, 2)), (mass * places).sum((1, 2))]
-    targets = {"digit": data.targets, "turn": turns, "ink": torch.stack([*centre, ink], 1)}
+    targets = {"digit": data.targets, "turn": turns, "ink": 10 * torch.stack([*centre, 3 * ink], 1)}
     return Batch((images,), targets=targets)
 
 
