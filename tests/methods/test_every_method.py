@@ -75,6 +75,8 @@ def plan_on(module: nn.Module, method: str, model: str, **budget: object) -> Pla
         settings["rounding"] = "none"  # other kinds do not make up for it
     if "amplitude" in METHODS[method].settings.model_fields:
         settings |= {"iterations": 8, "amplitude": 0.05}  # gradients in each
+    if METHODS[method].units is UnitKind.RANK:
+        settings["amount"] = 1.0  # a sparsity of 0 leaves ranks to a rule
     if "offspring" in METHODS[method].settings.model_fields:
         settings |= {"iterations": 2, "generations": 2, "offspring": 4}  # a forward pass for each candidate
     return sc.plan(module, method, data=data(model).calibration, keep_scores=True, **budget, **settings)
