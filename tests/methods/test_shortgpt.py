@@ -131,6 +131,12 @@ def test_a_sparsity_that_removes_no_block_is_refused_with_the_range_that_works()
         api.plan(model, "shortgpt", pattern="2:4", data=DATA)
 
 
+@pytest.mark.parametrize("quantity", ["parameters", "flops"])
+def test_what_counts_no_blocks_is_refused(quantity):
+    with pytest.raises(BudgetError, match=f"removes whole blocks and takes no .*{quantity}"):
+        api.plan(turning(0.5, 0.4, 0.3), "shortgpt", budget=Budget(0.5, quantity), data=DATA)
+
+
 @pytest.mark.parametrize("place", [(0, 0), (2, 4)])
 def test_nan_at_any_token_is_refused(place):
     """A cosine of NaN counts 0.5; broken activations must not pass for zero vectors."""
