@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from secateur.allocate.structured import Scope, Widths, choose_units
-from secateur.core.budget import COSTS, Budget
+from secateur.core.budget import COSTS, Budget, Quantity
 from secateur.core.errors import BudgetError
 from secateur.core.method import Decision, Task
 from secateur.core.units import Site, UnitKind
@@ -32,7 +32,7 @@ def blocks_to_remove(task: Task, stack: Stack, method: str, least: int = 1) -> i
     budget = task.budget.of(UnitKind.BLOCK)
     if budget.pattern:
         raise BudgetError(f"{method} removes blocks; an N:M pattern does not apply to it")
-    if budget.quantity in COSTS:
+    if budget.quantity in COSTS | {Quantity.PARAMETERS}:
         raise BudgetError(f"{method} removes whole blocks and takes no {budget}; give a share of the blocks")
     remove = blocks - max(budget.keep(blocks), budget.floor)
     most = blocks - least
