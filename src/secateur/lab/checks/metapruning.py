@@ -1,12 +1,13 @@
 """Meta pruning's small-scale check: networks that a metanetwork has changed lose less accuracy when they are cut.
 
 Under each seed six ResNet-8 of the digits (8-16-32 channels) are trained; a small metanetwork learns on four of them.
-The other two get its weights, 60 steps of fine-tuning A, and are cut to speed-ups of 1.5 and 2, with nothing after the
-cut. Baseline: the same with a metanetwork that adds nothing, so the same fine-tuning and the same cut. Random: with a
+The other two get its weights and 120 steps of fine-tuning A, and are cut to a speed-up of 2 with nothing after the cut.
+Baseline: the same with a metanetwork that adds nothing, so the same fine-tuning and the same cut. Random: with a
 metanetwork that was never trained.
 
-The strength of the growing gradient is chosen so that it is as long as the task's gradient by the end. At a speed-up of
-3 networks this small are at 25 % with and without a metanetwork; there is nothing left to compare.
+The growing gradient must be strong: with 0.03 instead of 1, a third of the learning rate and half of the fine-tuning,
+norms differ by 6 % more and the cut costs as much as without (-11 and -1 points under two seeds). At a speed-up of 3
+networks this narrow are at 10 to 25 % with and without a metanetwork; there is nothing left to compare.
 """
 
 from __future__ import annotations
@@ -36,23 +37,20 @@ from secateur.train.loop import Fitting, Recipe
 from secateur.train.metanetwork import Metanetwork, Shape
 from secateur.zoo.vision import ResidualBlock
 
-MODELS, HELD_OUT, EPOCHS = 6, 2, 18
+MODELS, HELD_OUT, EPOCHS = 6, 2, 12
 WHOLE = Recipe(steps=300, batch=64, lr=0.1)
-TUNE = Recipe(steps=60, batch=64, lr=0.01)
-SPEEDUPS = {"at_1.5": 1.5, "at_2": 2.0}
+TUNE = Recipe(steps=120, batch=64, lr=0.03)
+SPEEDUP = 2.0
 SIZE: Mapping[str, Any] = {"layers": 3, "width": 16, "node_ratio": 0.05, "edge_ratio": 0.05}
 
 CLAIMS = {
-    **{
-        name: Expectation(
-            f"accuracy points over the same fine-tuning without metanetwork, cut to a speed-up of {speedup:g}",
-            ">= 5",
-            "both",
-        )
-        for name, speedup in SPEEDUPS.items()
-    },
+    "cut": Expectation(
+        "accuracy points over the same fine-tuning without metanetwork, right after a cut to a speed-up of 2",
+        ">= 5",
+        "both",
+    ),
     "kept": Expectation(
-        "accuracy points lost after fine-tuning A, not cut (random: what is added weighs 1 instead of 0.05)",
+        "accuracy points lost after fine-tuning A (random: what is added weighs 1 instead of 0.05)",
         "<= 2",
         "random",
     ),
@@ -85,11 +83,10 @@ def run(seed: int, progress: Progress) -> Mapping[str, Sample]:
         held = networks[-HELD_OUT:]
         found = {name: means([outcome(net, folders, name, seed) for net in held]) for name in folders}
     plain, dense = found["nothing"], fmean(map(accuracy_of, held))
-    over = {name: {key: own[key] - plain[key] for key in SPEEDUPS} for name, own in found.items()}
     lost = {name: dense - own["tuned"] for name, own in found.items()}
     spread = {name: own["spread"] / plain["spread"] for name, own in found.items()}
     return {
-        **{name: Sample(over["learnt"][name], 0.0, over["untrained"][name]) for name in SPEEDUPS},
+        "cut": Sample(found["learnt"]["cut"] - plain["cut"], 0.0, found["untrained"]["cut"] - plain["cut"]),
         "kept": Sample(lost["learnt"], lost["nothing"], lost["heavy"]),
         "spread": Sample(spread["learnt"], 1.0, spread["untrained"]),
         "round_trip": round_trip(held[0]),
@@ -134,7 +131,8 @@ def meta_train(networks: list[nn.Module], folder: str, seed: int, progress: Prog
         held_out=HELD_OUT / MODELS,
         epochs=EPOCHS,
         milestones=(),
-        reg=0.03,
+        lr=3e-3,
+        reg=1.0,
         one_batch=True,
         parts=1,
         **SIZE,
@@ -142,23 +140,25 @@ def meta_train(networks: list[nn.Module], folder: str, seed: int, progress: Prog
 
 
 def outcome(network: nn.Module, folders: Mapping[str, str], name: str, seed: int) -> Figures:
-    """Accuracy of a held-out network after fine-tuning A from a metanetwork's weights, whole and cut."""
+    """A held-out network after fine-tuning A from a metanetwork's weights, whole and cut."""
     model, fit = copy.deepcopy(network), fitting(TUNE, seed + 1)
     optimizer = fit.recipe.make_optimizer(model)
     sparsifier = api.sparsify(
-        model, optimizer, "metapruning", 0.0, steps=fit.steps, shape=(1, 8, 8), metanetwork=folders[name], speedup=1.5
+        model,
+        optimizer,
+        "metapruning",
+        0.0,
+        steps=fit.steps,
+        shape=(1, 8, 8),
+        metanetwork=folders[name],
+        speedup=SPEEDUP,
+        parts=20,
     )
     with training(model, fit.seed):
         for step in range(fit.steps):
             fit.advance(model, optimizer, step)
-    sparsifier.close()
     found = {"tuned": accuracy_of(model.eval()), "spread": spread(model)}
-    for key, speedup in SPEEDUPS.items() if name != "heavy" else ():
-        plan = api.plan(
-            model, "metapruning", 0.0, example=example(), metanetwork=folders["nothing"], speedup=speedup, parts=100
-        )
-        found[key] = accuracy_of(apply_(copy.deepcopy(model), plan))
-    return {key: found.get(key, 0.0) for key in ("tuned", "spread", *SPEEDUPS)}
+    return found | {"cut": accuracy_of(apply_(model, sparsifier.finish()))}
 
 
 def means(rows: list[Figures]) -> Figures:
