@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -35,7 +35,7 @@ from secateur.core.units import Site, UnitKind
 from secateur.data.example import example_for
 from secateur.measure.latency import latency
 from secateur.measure.table import LatencyTable
-from secateur.shrink.cut import STRUCTURED, install, make_cut
+from secateur.shrink.cut import STRUCTURED, cut_out
 from secateur.structure.analysis import Structure, analyse
 from secateur.structure.kinds import OUT_DIM
 from secateur.structure.layers import layout_of
@@ -454,14 +454,8 @@ class Work:
             wide[name][masks[name]] = score.float().cpu()
         return wide
 
-    @contextlib.contextmanager
-    def _cut(self, masks: Mapping[str, Tensor]) -> Iterator[None]:
-        plan = Plan(sites=dict(self.sites), masks=dict(masks))
-        undo = install(self.task.model, make_cut(self.task.model, plan, self.structure))
-        try:
-            yield
-        finally:
-            undo()
+    def _cut(self, masks: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        return cut_out(self.task.model, Plan(sites=dict(self.sites), masks=dict(masks)), self.structure)
 
     def as_measured(self, scores: Mapping[str, Tensor], masks: dict[str, Tensor]) -> dict[str, Tensor]:
         """Measure the cut model against the dense one and aim again, until the time asked for is met.
