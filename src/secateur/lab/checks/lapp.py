@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -194,7 +195,7 @@ def pruned(seed: int, progress: Progress, control: str = "") -> Outcome:
     fit = fitting(seed, progress)
     optimizer = fit.recipe.make_optimizer(model)
     budget, steps = Budget(SHARE, Quantity.FLOPS), RECIPE.steps
-    own = {"rate": RATE, "phase": PHASE, "shape": SHAPE}
+    own: dict[str, Any] = {"rate": RATE, "phase": PHASE, "shape": SHAPE}
     run = api.sparsify(model, optimizer, "lapp", budget=budget, steps=steps, seed=seed, **own)
     outcome = Outcome(model, run, [], 0.0)
     outcome.counts.append(dict(outcome.part.counts))
@@ -214,7 +215,7 @@ def pruned(seed: int, progress: Progress, control: str = "") -> Outcome:
 def _without(part: Lapp) -> None:
     """By-passes that add nothing and cost nothing."""
     for bypass in part.bypasses.values():
-        bypass.conv, bypass.norm = nn.Identity(), Nothing()  # type: ignore[assignment]
+        bypass.conv, bypass.norm = nn.Identity(), Nothing()
     part.costs = replace(part.costs, added=dict.fromkeys(part.costs.added, 0.0))
 
 
