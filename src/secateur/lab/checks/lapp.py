@@ -5,7 +5,7 @@ to 20 % of its FLOPs, by-passes counted in; 897 other digits, noisy too, say how
 without by-passes; equal shares of the filters of all layers, without by-passes. The random control keeps random
 filters from the first step on, with by-passes: on data this small it is as accurate, the by-passes are what counts, so
 only the baselines have to fail the claims on accuracy. With shortcuts narrow layers block little: there the same
-method without by-passes came within 1 point.
+method without by-passes came within 0.6 and 1.3 points (no shortcut and a zero-padded one in the strided block).
 """
 
 from __future__ import annotations
