@@ -26,21 +26,19 @@ record = sc.prune(job, "whole-job")
 BY_PROTOCOL = {
     protocol: [n for n, m in sorted(sc.methods().items()) if protocol in m.protocols] for protocol in Protocol
 }
-CONVOLUTIONAL = (
-    "consensus",
-    "network_slimming",
-    "trp",
-)  # during training; they need convolutions, in residual blocks or with batch norms
+# during training; they need convolutions, in residual blocks or with batch norms
+CONVOLUTIONAL = ("consensus", "lapp", "network_slimming", "trp")
+GRAPHS = {"metapruning"}  # convolutional too, and with a network of its own that a study makes
 
 
-@pytest.mark.parametrize("method", sorted({*BY_PROTOCOL[Protocol.PLAN]} - {"eep", "network_slimming"}))
+@pytest.mark.parametrize("method", sorted({*BY_PROTOCOL[Protocol.PLAN]} - {"eep", "network_slimming"} - GRAPHS))
 def test_one_command_for_every_method(place, method):
     words = ["prune", "lm", "--method", method, "--sparsity", "0.5", "--minimum", "1", "--data", "text.txt"]
     words += ["--set", "resolution=5"] if method == "rd" else []  # amounts tried per layer, each a run of the model
     check_result(place / f"one-{method}", method, good(*words, "--out", f"one-{method}"))
 
 
-@pytest.mark.parametrize("method", sorted({*BY_PROTOCOL[Protocol.SPARSIFIER]} - {*CONVOLUTIONAL}))
+@pytest.mark.parametrize("method", sorted({*BY_PROTOCOL[Protocol.SPARSIFIER]} - {*CONVOLUTIONAL} - GRAPHS))
 def test_one_command_for_every_method_that_trains(place, method):
     words = ["train", "lm", "--method", method, "--sparsity", "0.5", "--minimum", "1", "--data", "text.txt"]
     words += ["--steps", "12", "--evaluate-every", "4", "--recipe", "lr=0.01", "--recipe", "batch=4"]
@@ -77,6 +75,7 @@ AROUND = {
     "adapt_pruner": {"stages": 2, "iterations": 8, "amplitude": 0.05},
     "ap": {"p": 0.5, "q": 0.1},
     "journey": {"every": 1, "against": ""},
+    "layer_lottery": {"strict": False, "repeats": 1},
     "lottery": {"rate": 0.5},
     "oracle": {"candidates": 2, "repeats": 1},
     "pagcp": {"rounds": 1},
@@ -86,16 +85,28 @@ AROUND = {
 }
 
 
-@pytest.mark.parametrize("method", BY_PROTOCOL[Protocol.PROCEDURE])
+MODELS = dict.fromkeys(("oracle", "layer_lottery"), "zoo:digits-resnet") | {"adapt_pruner": "zoo:pydoc-llama"}
+
+
+@pytest.mark.parametrize("method", sorted({*BY_PROTOCOL[Protocol.PROCEDURE]} - GRAPHS))
 def test_one_command_for_every_method_around_trainings(place, method):
-    models = {"oracle": "zoo:digits-resnet", "adapt_pruner": "zoo:pydoc-llama"}  # an MLP has no channels and no blocks
-    model = models.get(method, "zoo:digits-mlp")
+    model = MODELS.get(method, "zoo:digits-mlp")  # an MLP has no channels and no blocks
     words = ["study", model, "--method", method, "--sparsity", "0.5", "--minimum", "1", "--steps", "16"]
     words += [word for name, value in AROUND[method].items() for word in ("--set", f"{name}={value}")]
     words += ["--pretrained"] if method == "oracle" else []
     done = good(*words, "--out", f"around-{method}")
     assert f"{model} under {method}" in done.out
     assert (place / f"around-{method}" / "secateur" / "findings.json").exists()
+
+
+def test_one_command_to_train_a_metanetwork_and_one_to_prune_with_it(place):
+    words = ["zoo:digits-resnet", "--method", "metapruning", "--sparsity", "0.4"]
+    words += [word for pair in ("metanetwork=net", "parts=4") for word in ("--set", pair)]
+    small = [word for pair in ("models=2", "epochs=1", "layers=1", "width=4") for word in ("--set", pair)]
+    done = good("study", *words, *small, "--minimum", "1", "--steps", "8", "--out", "meta-trained")
+    assert "zoo:digits-resnet under metapruning" in done.out
+    assert "saved in" in good("prune", *words, "--out", "meta-pruned").out
+    assert Record.load(place / "meta-pruned" / "secateur" / "report.json").method.name == "metapruning"
 
 
 def check_result(out, method, done):
