@@ -499,7 +499,7 @@ def reproduce(
 
 @app.command()
 def compare(
-    file: Annotated[Path, typer.Argument(help="a YAML file: model, data, and rows of methods and budgets")],
+    file: Annotated[Path, typer.Argument(help="a YAML file: model, data, rows; or the name of one that is shipped")],
     seeds: Annotated[int | None, typer.Option(help="seeds of calibration; default: the file's", min=1)] = None,
     out: Annotated[Path | None, typer.Option(help="folder for NAME.md and NAME.json", metavar="DIR")] = None,
     keep: Annotated[

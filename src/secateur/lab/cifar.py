@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from secateur.core.seeding import seeded
 from secateur.lab.reproduce import folder_of
 
 
@@ -77,6 +78,12 @@ def resnet56() -> nn.Module:
         DataError: SECATEUR_MODELS names no folder with `resnet56-cifar10`.
     """
     return _trained(56)
+
+
+def initial20() -> nn.Module:
+    """ResNet-20 before its training, always the same."""
+    with seeded(0):
+        return CifarResNet(3)
 
 
 def _trained(depth: int) -> nn.Module:

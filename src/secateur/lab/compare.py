@@ -1,6 +1,6 @@
 """Many methods on one model: same calibration data, same budgets, several seeds, one table; resumable.
 
-A comparison is a YAML file:
+A comparison is a YAML file, or the name of one in `lab/comparisons`; $VARIABLES in its model and data are looked up:
 
     model: ./my-llama
     data: wikitext2/?length=256&limit=120
@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -94,12 +95,21 @@ class Comparison(BaseModel):
     rows: tuple[Rows, ...]
 
 
+def known_comparisons() -> dict[str, Path]:
+    """Those that come with the package: name -> file."""
+    return {file.stem: file for file in sorted(Path(__file__).with_name("comparisons").glob("*.yaml"))}
+
+
 def read_comparison(file: Path) -> Comparison:
-    """A comparison from its YAML file; relative paths in it are relative to the current folder.
+    """A comparison from its YAML file or by its name; relative paths in it are relative to the current folder.
 
     Raises:
         SettingsError: it cannot be read, or a field is wrong; names it.
     """
+    known = known_comparisons()
+    if not file.exists() and str(file) not in known:
+        raise SettingsError(f"there is no file '{file}', and no comparison of that name: {', '.join(known)}")
+    file = file if file.exists() else known[str(file)]
     try:
         return Comparison(**yaml.safe_load(file.read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError, TypeError) as error:
@@ -108,6 +118,18 @@ def read_comparison(file: Path) -> Comparison:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise SettingsError(f"'{file}', field '{place}': {first['msg']}") from None
+
+
+def located(text: str) -> str:
+    """A path with its environment variables put in.
+
+    Raises:
+        SettingsError: one is not set.
+    """
+    found = os.path.expandvars(text)
+    if "$" in found:
+        raise SettingsError(f"'{text}' names an environment variable that is not set; set it to the folder that is meant")
+    return found
 
 
 class Result(BaseModel):
@@ -120,6 +142,7 @@ class Result(BaseModel):
         parameters, nonzeros: what is left.
         flops: left, of the dense model's.
         speed: what -> speed over the dense model's, measured side by side; empty where shapes are the dense ones.
+        milliseconds: batch size -> median time of a batch, of models that write no text.
         recovered: the metric after the row's recovery, over the recovered seeds; `recovered_interval` likewise.
         error: why there is no result.
     """
@@ -135,6 +158,7 @@ class Result(BaseModel):
     nonzeros: int | None = None
     flops: float | None = None
     speed: dict[str, float] = Field(default_factory=dict)
+    milliseconds: dict[str, float] = Field(default_factory=dict)
     recovered: float | None = None
     recovered_interval: tuple[float, float] | None = None
     error: str | None = None
@@ -178,13 +202,14 @@ class Bench:
 
     def __init__(self, asked: Comparison, ledger: Ledger, progress: Progress):
         self.asked, self.ledger, self.progress = asked, ledger, progress
-        self.opened: OpenedModel = open_model(asked.model, dtype=asked.dtype)
+        self.source, self.data = located(asked.model), located(asked.data)
+        self.opened: OpenedModel = open_model(self.source, dtype=asked.dtype)
         self._splits: dict[int, Splits] = {}
 
     def splits(self, seed: int) -> Splits:
         """Calibration drawn by the seed; the evaluation is always the same."""
         if seed not in self._splits:
-            self._splits[seed] = open_data(self.asked.data, self.opened, seed, self.asked.samples)
+            self._splits[seed] = open_data(self.data, self.opened, seed, self.asked.samples)
         return self._splits[seed]
 
     def dense(self) -> Result:
@@ -224,6 +249,7 @@ class Bench:
             nonzeros=round(mean(one["nonzeros"] for one in found)),
             flops=first.get("flops"),
             speed={name: first[name] for name in self.speeds if name in first},
+            milliseconds=first.get("milliseconds", {}),
             recovered=mean(recovered) if recovered else None,
             recovered_interval=(found_ends.low, found_ends.high) if (found_ends := interval(recovered)) else None,
         )
@@ -265,7 +291,7 @@ class Bench:
                 data=self.splits(seed).calibration,
                 seed=seed,
                 include=include,
-                source=self.asked.model,
+                source=self.source,
                 **rows.settings,
             )
         found = _recovery_of(rows.train)
@@ -285,7 +311,7 @@ class Bench:
 
     def _training(self, seed: int) -> Dataset:
         """What is trained on: another draw for each seed."""
-        return open_data(split_generated(self.asked.data)[0], self.opened, seed, self.asked.training).calibration
+        return open_data(split_generated(self.data)[0], self.opened, seed, self.asked.training).calibration
 
     @cached_property
     def speeds(self) -> tuple[str, ...]:
@@ -293,20 +319,24 @@ class Bench:
         text = can_generate(self.opened.model)
         return ("prefill", "decode") if text else tuple(f"batch {size}" for size in self.asked.batches)
 
-    def _speed(self, model: nn.Module) -> dict[str, float]:
-        """Speed over the dense model's."""
+    def _speed(self, model: nn.Module) -> dict[str, Any]:
+        """Speed over the dense model's; for models that write no text the share of its FLOPs, and milliseconds."""
+        dense = self.opened.model
         if can_generate(model):
-            times = decoding({"dense": self.opened.model, "pruned": model}, progress=self.progress)
+            times = decoding({"dense": dense, "pruned": model}, progress=self.progress)
             return {name: getattr(times["pruned"], name) / getattr(times["dense"], name) for name in self.speeds}
-        found = {"flops": float("nan")}
-        for size in self.asked.batches:
-            batch = next(iter(self.splits(0).evaluation.batches(size)))
-            batch = Batch(batch.args, batch.kwargs)
-            pair = {"dense": (self.opened.model, batch), "pruned": (model, batch)}
-            times_of = latency(pair, progress=self.progress)
-            found[f"batch {size}"] = times_of["dense"].median / times_of["pruned"].median
-            found["flops"] = flops(model, batch) / flops(self.opened.model, batch)
+        one = self._inputs(1)
+        found: dict[str, Any] = {"flops": flops(model, one) / flops(dense, one), "milliseconds": {}}
+        for name, size in zip(self.speeds, self.asked.batches, strict=True):
+            batch = self._inputs(size)
+            medians = latency({"dense": (dense, batch), "pruned": (model, batch)}, progress=self.progress)
+            found[name] = medians["dense"].median / medians["pruned"].median
+            found["milliseconds"][name] = medians["pruned"].median
         return found
+
+    def _inputs(self, size: int) -> Batch:
+        batch = next(iter(self.splits(0).evaluation.batches(size)))
+        return Batch(batch.args, batch.kwargs)
 
     def _measured(self, model: nn.Module) -> dict[str, Any]:
         found = quality(model, self.splits(0).evaluation, progress=self.progress)
@@ -333,8 +363,7 @@ class Bench:
 
 def _digest(rows: Rows) -> str:
     """What else a row's results depend on, in a few letters."""
-    own = [rows.settings, rows.recover, rows.include, *([rows.train] if rows.train else [])]
-    text = json.dumps(own, sort_keys=True)
+    text = json.dumps([rows.settings, rows.recover, rows.include, rows.train], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
@@ -376,7 +405,7 @@ def _line(one: Result, speeds: Sequence[str]) -> str:
         f"{one.parameters:,}",
         f"{one.nonzeros:,}",
         _number(one.flops),
-        *(_times(one.speed.get(name)) for name in speeds),
+        *(_times(one.speed.get(name), one.milliseconds.get(name)) for name in speeds),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -389,5 +418,7 @@ def _ends(ends: tuple[float, float] | None) -> str:
     return "" if ends is None else f"{ends[0]:.4g} to {ends[1]:.4g}"
 
 
-def _times(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}x"
+def _times(value: float | None, milliseconds: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}x" + ("" if milliseconds is None else f" ({milliseconds:.3g} ms)")

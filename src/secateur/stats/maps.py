@@ -12,6 +12,7 @@ neuron's is a row. Without positions it is 1 x 1.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -164,7 +165,7 @@ def _owners(dim: Dim, axis: Axis) -> Tensor:
     return found
 
 
-class _Calls(TorchFunctionMode):
+class _Calls(TorchFunctionMode, ABC):
     """Numbers functions as the observed run did: those that return tensors."""
 
     def __init__(self) -> None:
@@ -179,9 +180,9 @@ class _Calls(TorchFunctionMode):
             self.see(func, tensors)
         return out
 
+    @abstractmethod
     def see(self, func: Callable[..., Any], tensors: tuple[Any, ...]) -> None:
         """A function has returned."""
-        raise NotImplementedError
 
 
 class _Stages(_Calls):

@@ -21,7 +21,8 @@ from secateur.data.batches import as_batches
 from secateur.data.dataset import Splits
 from secateur.data.running import evaluating
 from secateur.lab.checks._language import LAYERS, llama, magnitude, pruned_perplexity
-from secateur.lab.checks._llama_full import SPARSITIES, Rival, beside
+from secateur.lab.checks._beside import Rival
+from secateur.lab.checks._llama_full import of_weights
 from secateur.lab.reproduce import Check, Expectation, Sample
 from secateur.measure import perplexity
 from secateur.scores.weights import magnitude as size
@@ -123,4 +124,4 @@ def n_of_m(model: nn.Module, data: Splits, seed: int) -> Sample:
     return ratios(found["gblm"], reference, found["random"], to=reference)
 
 
-check = Check(CLAIMS, run, beside(Rival("gblm"), Rival("wanda"), Rival("random"), SPARSITIES))
+check = Check(CLAIMS, run, of_weights("gblm", Rival("wanda")))

@@ -229,4 +229,4 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-check = Check(CLAIMS, run, of_blocks("layer_limits", selector="iterative"))
+check = Check(CLAIMS, run, of_blocks("layer_limits", "iterative"))

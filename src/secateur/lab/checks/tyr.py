@@ -23,7 +23,7 @@ from secateur.core.seeding import generator
 from secateur.data.batches import forward
 from secateur.data.dataset import Dataset
 from secateur.lab.checks._language import blocks_plan, llama
-from secateur.lab.checks._llama_full import FEW_STEPS, of_units
+from secateur.lab.checks._llama_full import of_units
 from secateur.lab.checks._structured import BOTH
 from secateur.lab.reproduce import Check, Expectation, Sample
 from secateur.measure import perplexity
@@ -162,4 +162,4 @@ def missed(plan: Plan) -> float:
     return float(apart)
 
 
-check = Check(CLAIMS, run, of_units("tyr", **FEW_STEPS))
+check = Check(CLAIMS, run, of_units("tyr"))

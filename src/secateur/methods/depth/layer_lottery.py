@@ -23,6 +23,8 @@ similarity and robustness, `example`. Energy and CO2 are estimates from measured
 
 from __future__ import annotations
 
+import copy
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from enum import StrEnum
@@ -34,7 +36,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from secateur.allocate.depth import block_site, keep_without
-from secateur.allocate.structured import Widths
+from secateur.allocate.structured import Widths, target_of
 from secateur.core import tags as t
 from secateur.core.budget import Budget, Quantity
 from secateur.core.errors import BudgetError, ModelError, NumericsError, SettingsError
@@ -45,6 +47,8 @@ from secateur.core.units import UnitKind
 from secateur.data.batches import as_batches
 from secateur.data.example import example_for
 from secateur.data.running import evaluating
+from secateur.measure.flops import flops
+from secateur.measure.size import parameters
 from secateur.shrink.apply import apply_, stamp
 from secateur.shrink.block_criteria import BlockCriterionSettings, Criterion, block_scores, weight_scores
 from secateur.shrink.depth import kept_list, remove_blocks_, renumbered
@@ -56,6 +60,13 @@ from secateur.train.controls import reinitialised
 from secateur.train.snapshot import model_state
 from secateur.train.sparsifier import Order
 from secateur.train.study import Findings, Masks, RewindTo, State, Study
+
+
+# what a budget may count beside blocks
+MEASURED: Mapping[Quantity, Callable[[nn.Module, Any], int]] = {
+    Quantity.FLOPS: flops,
+    Quantity.PARAMETERS: lambda model, _: parameters(model),
+}
 
 
 class Version(StrEnum):
@@ -97,8 +108,13 @@ def plan(task: Task, settings: LayerLotterySettings) -> Decision:
     if len(settings.p) > 1:
         raise SettingsError(f"one plan removes one number of blocks, p={settings.p}; sc.study tries several")
     lists = candidates(task, settings)
-    (count,) = amounts(task.budget, settings, lists)
-    found = without_lowest(lists, block_scores(task, settings, lists), count, task.budget.floor)
+    if task.budget.quantity in MEASURED and not settings.p:
+        scores = block_scores(task, settings, lists)
+        count = fewest(task, lists, scores, room(lists, task.budget.floor))
+    else:
+        (count,) = amounts(task.budget, settings, lists)
+        scores = block_scores(task, settings, lists)
+    found = without_lowest(lists, scores, count, task.budget.floor)
     if settings.criterion is Criterion.L1:
         found.warnings.append("l1 tells stages apart and not blocks: all that goes comes from the narrow early stages")
     return found if task.keep_scores else _without_scores(found)
@@ -130,12 +146,11 @@ def amounts(budget: Budget, settings: LayerLotterySettings, lists: list[Removabl
     """
     budget, free = budget.of(UnitKind.BLOCK), sum(len(one.free) for one in lists)
     if budget.pattern or budget.quantity is Quantity.PARAMETERS:
-        raise BudgetError(f"layer_lottery counts blocks, which {budget} does not; give a sparsity or p")
+        raise BudgetError(f"{budget} counts no blocks, which p and a study do; give a sparsity")
     asked = free - budget.keep(free)
     if settings.p and asked:
         raise BudgetError(f"give either p={settings.p} or {budget}; beside p the sparsity is 0")
-    room = sum(min(len(one.free), len(one.stack.blocks) - max(1, budget.floor)) for one in lists)
-    most = max(0, min(free - 1, room))
+    most = room(lists, budget.floor)
     idle = not settings.p and budget in (Budget(0.0, floor=budget.floor), Budget(1.0, Quantity.DENSITY, budget.floor))
     least = 0 if idle else 1
     for count in settings.p or (asked,):
@@ -146,6 +161,35 @@ def amounts(budget: Budget, settings: LayerLotterySettings, lists: list[Removabl
                 f"of them, and one block of every list, must stay{more}"
             )
     return settings.p or (asked,)
+
+
+def room(lists: list[Removable], floor: int) -> int:
+    """The most blocks that can go: one of those that may, and one of every list, stays."""
+    free = sum(len(one.free) for one in lists)
+    return max(0, min(free - 1, sum(min(len(one.free), len(one.stack.blocks) - max(1, floor)) for one in lists)))
+
+
+def fewest(task: Task, lists: list[Removable], scores: Mapping[str, float], most: int) -> int:
+    """How many of the lowest blocks have to go until FLOPs or parameters are down to the budget.
+
+    Raises:
+        BudgetError: it is not met without `most` of them.
+    """
+    assert task.example is not None  # `uses_example`
+    measure = MEASURED[task.budget.quantity]
+
+    def left(count: int) -> int:
+        masks = without_lowest(lists, scores, count, task.budget.floor).masks
+        return measure(_without(copy.deepcopy(task.model), masks), task.example)
+
+    dense, least = left(0), left(most)
+    target = target_of(task.budget, dense)
+    if not least <= target <= dense:
+        raise BudgetError(
+            f"{task.budget} is out of reach: without {most} residual blocks, all that may go together, "
+            f"{least / dense:.4g} of the dense {task.budget.quantity} are left, {target / dense:.4g} was asked for"
+        )
+    return bisect_left(range(most + 1), True, key=lambda count: left(count) <= target)
 
 
 def without_lowest(lists: list[Removable], scores: Mapping[str, float], count: int, floor: int = 0) -> Decision:
