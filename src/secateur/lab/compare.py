@@ -128,7 +128,9 @@ def located(text: str) -> str:
     """
     found = os.path.expandvars(text)
     if "$" in found:
-        raise SettingsError(f"'{text}' names an environment variable that is not set; set it to the folder that is meant")
+        raise SettingsError(
+            f"'{text}' names an environment variable that is not set; set it to the folder that is meant"
+        )
     return found
 
 

@@ -25,7 +25,7 @@ class Figure(StrEnum):
     """What of a row is looked at."""
 
     PRUNED = "value"  # right after the cut
-    TRAINED = "recovered"  # after the row's recovery
+    TRAINED = "recovered"  # after the row's recovery; of rows that are trained before the cut only, right after it
 
 
 @dataclass(frozen=True)
@@ -111,17 +111,17 @@ class Runs:
         found = self.bench.result(rows, rival.method, *amount, self.seed)
         if found.get("error"):
             raise ModelError(f"{rival.method} at {amount[0]} {amount[1]}: {found['error']}")
-        return float(found[self.ground.figure])
+        return float(found[self.ground.figure if rows.recover else Figure.PRUNED])
 
 
-def beside(
-    ground: Ground, method: Rival, baseline: Rival, control: Rival, budgets: tuple[Amount, ...]
-) -> FullCheck:
+def beside(ground: Ground, method: Rival, baseline: Rival, control: Rival, budgets: tuple[Amount, ...]) -> FullCheck:
     """Claims that the method is better than the better of the baseline and the control, at every budget.
 
     Args:
         ground: where.
-        method, baseline, control: rows of the comparison.
+        method: a row of the comparison.
+        baseline: another.
+        control: one of random choices.
         budgets: of all three.
     """
     measure, threshold = ("perplexity relative to", "< 1") if ground.lower else ("accuracy points above", "> 0")

@@ -20,7 +20,9 @@ from secateur.core.plan import Plan
 from secateur.core.progress import Progress
 from secateur.data.batches import run as outputs
 from secateur.data.running import evaluating
+from secateur.lab.checks._beside import beside
 from secateur.lab.checks._digits import digits
+from secateur.lab.checks._resnet_full import FLOPS, NORM, TRAINED, UNITS
 from secateur.lab.checks._structured import DRAWS, cut_copy, example, points, recovered, same_widths, structure_of
 from secateur.lab.reproduce import Check, Expectation, Sample
 from secateur.measure import flops, parameters
@@ -129,4 +131,4 @@ def gaps(model: nn.Module, plan: Plan, other: Plan) -> Sample:
     return Sample(gap(cut_copy(model, plan)), gap(model), gap(cut_copy(model, other)))
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, beside(TRAINED, NORM, UNITS, UNITS, FLOPS))

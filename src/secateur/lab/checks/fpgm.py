@@ -23,6 +23,7 @@ from secateur import api
 from secateur.core.progress import Progress
 from secateur.core.seeding import generator
 from secateur.lab.checks._plain_cnn import PlainCNN, trained_cnn
+from secateur.lab.checks._resnet_full import of_trained
 from secateur.lab.checks._structured import cut_copy, example, points
 from secateur.lab.reproduce import Check, Expectation, Sample
 
@@ -162,4 +163,4 @@ def _rescale(norm: nn.BatchNorm2d, wide: nn.BatchNorm2d, source: Tensor, scale: 
         getattr(wide, name).copy_(getattr(norm, name)[source] * factor)
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, of_trained("fpgm"))

@@ -20,8 +20,8 @@ from secateur.core.progress import Progress
 from secateur.data.batches import as_batches
 from secateur.data.dataset import Splits
 from secateur.data.running import evaluating
-from secateur.lab.checks._language import LAYERS, llama, magnitude, pruned_perplexity
 from secateur.lab.checks._beside import Rival
+from secateur.lab.checks._language import LAYERS, llama, magnitude, pruned_perplexity
 from secateur.lab.checks._llama_full import of_weights
 from secateur.lab.reproduce import Check, Expectation, Sample
 from secateur.measure import perplexity

@@ -18,6 +18,7 @@ from typing import Any
 from secateur import api
 from secateur.core.budget import Budget, Quantity
 from secateur.core.progress import Progress
+from secateur.lab.checks._resnet_full import of_trained
 from secateur.lab.checks._structured import cut_copy, example, points, recovered
 from secateur.lab.checks._trained_cuts import RECIPE, Trained, chance, fresh, random_cuts, trained
 from secateur.lab.checks._training import fitting
@@ -66,4 +67,4 @@ def settled(found: Trained, seed: int, progress: Progress) -> float:
     return points(recovered(cut_copy(found.model, found.plan), seed, progress, "batchnorm"))
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, of_trained("greg"))

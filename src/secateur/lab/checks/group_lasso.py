@@ -14,6 +14,7 @@ import torch
 
 from secateur.core.budget import Budget
 from secateur.core.progress import Progress
+from secateur.lab.checks._resnet_full import of_trained
 from secateur.lab.checks._trained_cuts import RECIPE, Trained, fresh, random_cuts, trained
 from secateur.lab.checks._training import fitting
 from secateur.lab.reproduce import Check, Expectation, Sample
@@ -43,4 +44,4 @@ def zero(found: Trained) -> float:
     return float((torch.cat(list(found.plan.scores.values())) == 0).double().mean())
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, of_trained("group_lasso"))

@@ -18,6 +18,7 @@ from secateur import api, zoo
 from secateur.core.budget import Budget, Quantity
 from secateur.core.plan import Plan
 from secateur.core.progress import Progress
+from secateur.lab.checks._resnet_full import of_trained
 from secateur.lab.checks._structured import (
     DRAWS,
     cut_copy,
@@ -100,4 +101,4 @@ def images_plan(model: nn.Module, method: str, seed: int, **settings: Any) -> Pl
     return api.plan(model, method, data=few_images(seed), seed=seed, multiple=1, **settings)
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, of_trained("group_taylor"))

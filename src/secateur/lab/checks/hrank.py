@@ -29,6 +29,7 @@ from secateur.core.select import keep_top
 from secateur.data.dataset import Dataset
 from secateur.lab.checks._digits import digits
 from secateur.lab.checks._plain_cnn import PlainCNN, trained_cnn
+from secateur.lab.checks._resnet_full import of_trained
 from secateur.lab.checks._structured import DRAWS, cut_copy, few_images, points, recovered
 from secateur.lab.reproduce import Check, Expectation, Sample
 from secateur.shrink.cut import tensors_of
@@ -164,4 +165,4 @@ def blinded(model: PlainCNN, seed: int) -> tuple[PlainCNN, Tensor]:
     return wide, added
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, of_trained("hrank"))

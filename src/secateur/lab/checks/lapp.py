@@ -28,6 +28,7 @@ from secateur.core.seeding import generator, seeded
 from secateur.data.dataset import Dataset
 from secateur.data.running import evaluating, training
 from secateur.lab.checks._digits import digits
+from secateur.lab.checks._resnet_full import NORM, UNITS, from_scratch
 from secateur.lab.reproduce import Check, Expectation, Sample
 from secateur.measure import accuracy
 from secateur.measure.flops import flops
@@ -270,4 +271,4 @@ def run(seed: int, progress: Progress) -> Mapping[str, Sample]:
     }
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, from_scratch("lapp", ("flops", 0.403), 0.7, NORM, UNITS))

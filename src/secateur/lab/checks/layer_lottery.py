@@ -23,6 +23,7 @@ from secateur.core.progress import Progress
 from secateur.core.seeding import generator, seeded
 from secateur.lab.checks._digits import digits
 from secateur.lab.checks._residual import stages_net
+from secateur.lab.checks._resnet_full import NORM, from_scratch
 from secateur.lab.checks._training import accuracy_of, fitting
 from secateur.lab.reproduce import Check, Expectation, Sample
 from secateur.measure import flops
@@ -210,4 +211,4 @@ def saved(blocks: int, removed: bool, seed: int) -> float:
     return 100 * (1 - flops(smaller, batch) / flops(model, batch))
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, from_scratch("layer_lottery", ("flops", 0.8), 1, NORM))

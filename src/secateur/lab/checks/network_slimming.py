@@ -14,6 +14,7 @@ from secateur import api
 from secateur.core.budget import Budget, Quantity
 from secateur.core.plan import Plan
 from secateur.core.progress import Progress
+from secateur.lab.checks._resnet_full import of_trained
 from secateur.lab.checks._structured import cut_copy, example
 from secateur.lab.checks._trained_cuts import RECIPE, Trained, chance, fresh, trained
 from secateur.lab.checks._training import fitting
@@ -54,4 +55,4 @@ def units_plan(found: Trained) -> Plan:
     return api.plan(found.model, "network_slimming", 1 - BUDGET.amount, example=example())
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, of_trained("network_slimming"))

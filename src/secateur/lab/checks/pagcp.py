@@ -34,6 +34,7 @@ from secateur.data.dataset import Dataset
 from secateur.data.losses import TaskLosses, mean_losses
 from secateur.data.running import evaluating, training
 from secateur.lab.checks._digits import digits
+from secateur.lab.checks._resnet_full import of_trained
 from secateur.lab.checks._structured import DRAWS, cut_copy
 from secateur.lab.reproduce import Check, Expectation, Sample
 
@@ -189,4 +190,4 @@ def used(plan: Plan) -> float:
     return prod(1 + figures["tolerance"] for figures in plan.facts.values() if "tolerance" in figures)
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, of_trained("pagcp"))

@@ -24,6 +24,7 @@ from secateur.core.plan import Plan
 from secateur.core.progress import Progress
 from secateur.core.seeding import generator
 from secateur.core.units import Scheme
+from secateur.lab.checks._resnet_full import of_trained
 from secateur.lab.checks._structured import cut_copy, example, points, recovered
 from secateur.lab.reproduce import Check, Expectation, Sample
 from secateur.measure import flops, parameters
@@ -109,4 +110,4 @@ def run(seed: int, progress: Progress) -> Mapping[str, Sample]:
     return {**found, "budget": Sample(miss, even, even)}
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, of_trained("svd"))

@@ -20,7 +20,9 @@ from secateur.core.progress import Progress, track
 from secateur.core.seeding import generator, seeded
 from secateur.core.units import Scheme
 from secateur.data.running import training
+from secateur.lab.checks._beside import Rival
 from secateur.lab.checks._digits import digits
+from secateur.lab.checks._resnet_full import UNITS, from_scratch
 from secateur.lab.checks._structured import example
 from secateur.lab.checks._training import accuracy_of, fitting
 from secateur.lab.reproduce import Check, Expectation, Sample
@@ -143,4 +145,4 @@ def run(seed: int, progress: Progress) -> Mapping[str, Sample]:
     }
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, from_scratch("trp", ("flops", 0.5), 1.24, Rival("trp", "plain"), UNITS))

@@ -61,7 +61,6 @@ from secateur.train.snapshot import model_state
 from secateur.train.sparsifier import Order
 from secateur.train.study import Findings, Masks, RewindTo, State, Study
 
-
 # what a budget may count beside blocks
 MEASURED: Mapping[Quantity, Callable[[nn.Module, Any], int]] = {
     Quantity.FLOPS: flops,
