@@ -11,6 +11,7 @@ import secateur as sc
 from secateur import zoo
 from secateur.core.errors import ModelError
 from secateur.core.method import Batch
+from secateur.lab.cifar import CifarResNet
 from secateur.structure.graph import Family, Features, graph_of
 from secateur.zoo.vision import ResidualBlock
 
@@ -175,7 +176,24 @@ def test_other_kernels_are_types_of_their_own():
     assert graph.edges[1] == 3 * 3 + 3 * 3 + 4 * 4
     widths = 4 * 3 + 3 * 8 + 4 * 8 + 8 * 3 + 3 * 8 + 8 * 4 + 4 * 12 + 8 * 12 + 12 * 7
     assert graph.edges[2] == widths + 8  # and one edge for each unchanged channel
-    assert [width for _, _, width in graph.identities] == [8]
+    assert [len(ones) for _, _, ones in graph.identities] == [8]
+
+
+def test_shortcuts_padded_with_zeros_are_edges_of_equal_channels():
+    model = settled(CifarResNet(2, 4))
+    graph = graph_of(model, COLOUR)
+    features = graph.encode(model.state_dict())
+    assert graph.family == Family(8, (9,))
+    assert len(graph.identities) == 6
+    kind, rows, _ = graph.identities[2]  # the first block of the second stage: 4 channels into the middle of 8
+    outputs, inputs = graph.index[:, rows]
+    held = features.edges[kind][rows]
+    assert held[:, 4].tolist() == [
+        float(o - outputs[0] == i - inputs[0] + 2) for o, i in zip(outputs, inputs, strict=True)
+    ]
+    assert held.sum() == 4
+    found = graph.decode(features)
+    assert all(torch.equal(found[name], p) for name, p in model.named_parameters())
 
 
 def test_when_the_shortcut_runs_does_not_matter():
@@ -271,6 +289,21 @@ REFUSED = {
     "gated": (Joined(lambda a, b: a * b), r"'Joined' computes mul, behind 'b'"),
     "scaled": (Joined(lambda a, b: a + 0.5 * b), r"'Joined' computes (mul|__mul__|__rmul__), behind 'b'"),
     "transposed maps": (Joined(lambda a, b: b.transpose(1, 2)), r"'Joined' computes transpose, behind 'b'"),
+    "shuffled": (
+        Joined(lambda a, b: a + b[:, torch.tensor([1, 0, 2, 3])]),
+        "'Joined' computes __getitem__, behind 'b'",
+    ),
+    "half": (Joined(lambda a, b: a + F.pad(b[:, :2], (0, 0, 0, 0, 0, 2))), "'Joined' computes __getitem__, behind 'b'"),
+    "padded maps": (Joined(lambda a, b: F.pad(b, (1, 1, 1, 1))), "'Joined' computes pad, behind 'b'"),
+    "padded with ones": (Joined(lambda a, b: F.pad(b, (0, 0, 0, 0, 0, 2), value=1.0)), "'Joined' computes pad"),
+    "padded and read": (
+        Joined(lambda a, b: F.pad(b, (0, 0, 0, 0, 0, 2))),
+        "computes mean on channels padded with zeros",
+    ),
+    "padded main": (
+        Joined(lambda a, b: F.pad(a, (0, 0, 0, 0, 0, 2)) + F.pad(b, (0, 0, 0, 0, 2, 0))),
+        "a sum of other things than a layer's channels",
+    ),
     "added thrice": (Joined(lambda a, b: a + b + a), r"a sum of three and more, 'b' among them"),
     "twice": (Twice(), r"'conv' runs twice"),
     "idle": (Idle(), r"parameter 'scale' of Idle has no place"),

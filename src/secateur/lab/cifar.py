@@ -71,6 +71,15 @@ def resnet20() -> nn.Module:
     return _trained(20)
 
 
+def resnet32() -> nn.Module:
+    """ResNet-32 with trained weights.
+
+    Raises:
+        DataError: SECATEUR_MODELS names no folder with `resnet32-cifar10`.
+    """
+    return _trained(32)
+
+
 def resnet56() -> nn.Module:
     """ResNet-56 with trained weights.
 

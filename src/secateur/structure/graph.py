@@ -10,6 +10,8 @@ output, row 1 the input. Features (a network *with* residual sums | *without*):
            has other kernels, every size is a type of edge of its own (ResNet-50: 49, 9, 1), nothing is padded.
     residual sums: the shortcut's 1x1 convolution as edges from the block's inputs to its outputs; an unchanged input
            as edges between all pairs, 1 in the middle for equal channels and 0 elsewhere (own types: equal ones only).
+           Inputs padded with channels of zeros, which the released code has no edges for, are equal to those that they
+           are added to.
 
 `decode` reads trainable tensors only, each exactly where `encode` put it; running statistics, padding and identity
 edges are never read. The released code reads the classifier of its small networks back transposed; here it is not.
@@ -86,7 +88,7 @@ class Graph:
         index: int64 `[2, edges]` over all types, one type after the other: output node, input node.
         slots: vectors, those of running statistics among them.
         bundles: weights.
-        identities: (type, edges, width) of unchanged inputs of residual sums.
+        identities: (type, edges, what they hold) of unchanged inputs of residual sums.
         trainable: names of the network's parameters.
         total: number of nodes.
     """
@@ -95,7 +97,7 @@ class Graph:
     index: Tensor
     slots: list[Slot]
     bundles: list[Bundle]
-    identities: list[tuple[int, slice, int]]
+    identities: list[tuple[int, slice, Tensor]]
     trainable: frozenset[str]
     total: int
 
@@ -126,10 +128,8 @@ class Graph:
                 target.copy_(weight.reshape(target.shape))
             else:
                 target[:, bundle.middle] = weight.reshape(-1)
-        for kind, rows, width in self.identities:
-            size = self.family.edges[kind]
-            whole = torch.eye(width).flatten() if size == SMALL else torch.ones(width)
-            edges[kind][rows, size // 2] = whole.to(some)
+        for kind, rows, ones in self.identities:
+            edges[kind][rows, self.family.edges[kind] // 2] = ones.to(some)
         return Features(nodes, edges)
 
     def decode(self, features: Features) -> dict[str, Tensor]:
@@ -162,7 +162,7 @@ class _Builder:
     wiring: Wiring
     slots: list[Slot] = field(default_factory=list)
     bundles: list[Bundle] = field(default_factory=list)
-    identities: list[tuple[int, slice, int]] = field(default_factory=list)
+    identities: list[tuple[int, slice, Tensor]] = field(default_factory=list)
 
     def build(self) -> Graph:
         sizes = {layer.per_pair for layer in self.wiring.layers}
@@ -236,12 +236,17 @@ class _Builder:
         rows = self._connect(kind, torch.cartesian_prod(torch.arange(own.start, own.stop), source).T)
         self.bundles.append(Bundle(f"{layer.name}.weight", kind, rows, shape, middle))
         if layer.identity is not None:
-            self._place_identity(torch.arange(own.start, own.stop), self._range(layer.identity))
+            self._place_identity(torch.arange(own.start, own.stop), self._range(layer.identity), layer.offset)
 
-    def _place_identity(self, outputs: Tensor, inputs: Tensor) -> None:
-        kind = 0 if self.padded else self.family.edges.index(1)
-        pairs = torch.cartesian_prod(outputs, inputs).T if self.padded else torch.stack([outputs, inputs])
-        self.identities.append((kind, self._connect(kind, pairs), len(outputs)))
+    def _place_identity(self, outputs: Tensor, inputs: Tensor, offset: int) -> None:
+        equal = torch.stack([outputs[offset : offset + len(inputs)], inputs])
+        if not self.padded:
+            kind = self.family.edges.index(1)
+            self.identities.append((kind, self._connect(kind, equal), torch.ones(len(inputs))))
+            return
+        ones = torch.zeros(len(outputs), len(inputs))
+        ones[equal[0] - outputs[0], equal[1] - inputs[0]] = 1
+        self.identities.append((0, self._connect(0, torch.cartesian_prod(outputs, inputs).T), ones.flatten()))
 
     def _range(self, number: int) -> Tensor:
         return torch.arange(self.starts[number], self.starts[number] + self.wiring.width(number))

@@ -6,7 +6,7 @@ and not names, and everything else is refused by name: a network is wired right 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NoReturn
@@ -34,6 +34,7 @@ class Layer:
         norm: name of the batch norm behind it.
         adds_to: number of the layer to whose channels its own are added; it makes no channels of its own then.
         identity: number of the layer whose channels are added to its own as they are; -1 for the inputs.
+        offset: the first of its own channels to which they are added, where they are fewer.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Layer:
     norm: str | None = None
     adds_to: int | None = None
     identity: int | None = None
+    offset: int = 0
 
 
 @dataclass
@@ -75,11 +77,16 @@ class Wiring:
 
 @dataclass(frozen=True)
 class Flow:
-    """What is known of a tensor: channels of which layer, nothing but a norm since (`bare`), positions per channel."""
+    """What is known of a tensor: channels of which layer, nothing but a norm since (`bare`), positions per channel.
+
+    `offset` zero channels before them and others behind make `width` channels; None where there are no such.
+    """
 
     layer: int
     bare: bool = False
     positions: int = 1
+    offset: int = 0
+    width: int | None = None
 
 
 ELEMENTWISE = {
@@ -115,8 +122,25 @@ class _Recorder(TorchFunctionMode):
         if flows and any(True for _ in _tensors(out)):
             if not isinstance(out, Tensor):
                 self.refuse(name)
-            self.keep(out, self.after(name, flows, names, before, out))
+            self.keep(
+                out, self.moved(name, flows, args, kwargs or {}, out) or self.after(name, flows, names, before, out)
+            )
         return out
+
+    def moved(
+        self, name: str, flows: list[Flow], args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor
+    ) -> Flow | None:
+        """Positions left out, or channels of zeros around: shortcuts without weights (He et al. 2016, option A)."""
+        if name not in SUMS and any(flow.width is not None for flow in flows):
+            self.refuse(name, "on channels padded with zeros")
+        if name == "__getitem__" and len(flows) == 1 and _picks_positions(args[1]):
+            return Flow(flows[0].layer, positions=flows[0].positions)
+        if name == "pad" and len(flows) == 1 and out.dim() == 4:
+            values = [*args[1:], *kwargs.values()]
+            sizes, rest = [*values[0]], [value for value in values[1:] if value not in ("constant", None, 0)]
+            if len(sizes) == 6 and not any(sizes[:4]) and min(sizes[4:]) >= 0 and not rest:
+                return Flow(flows[0].layer, positions=flows[0].positions, offset=sizes[4], width=out.shape[1])
+        return None
 
     def keep(self, tensor: Tensor, flow: Flow) -> None:
         """Say what a tensor holds."""
@@ -189,10 +213,11 @@ class _Recorder(TorchFunctionMode):
             return Flow(main.layer)
         main, side = (one, other) if one.layer > other.layer else (other, one)
         plain = main.layer != side.layer and self.wiring.depends(main.layer, side.layer) and not ways
-        if not plain or self.wiring.width(main.layer) != self.wiring.width(side.layer):
+        if not plain or main.width or self.wiring.width(main.layer) != (side.width or self.wiring.width(side.layer)):
             self.refuse("a sum", "of other things than a layer's channels and its block's input")
         self.refuse_more(main)
-        self.wiring.layers[main.layer].identity = side.layer
+        layer = self.wiring.layers[main.layer]
+        layer.identity, layer.offset = side.layer, side.offset
         return Flow(main.layer)
 
     def projects(self, main: Flow, side: Flow) -> bool:
@@ -222,6 +247,13 @@ class _Recorder(TorchFunctionMode):
             f"'{place}' computes {what}{f' {why}' if why else ''}{behind}; only networks of convolutions, batch norm "
             "right behind them, residual sums, pooling and linear layers have a graph"
         )
+
+
+def _picks_positions(index: Any) -> bool:
+    """Whether an index leaves samples and channels alone and takes slices of the rest."""
+    whole = slice(None)
+    slices = isinstance(index, tuple) and len(index) == 4 and all(isinstance(part, slice) for part in index)
+    return slices and index[0] == whole and index[1] == whole
 
 
 def _tensors(item: Any) -> Iterator[Tensor]:

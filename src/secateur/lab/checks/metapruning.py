@@ -25,6 +25,7 @@ from secateur.core.progress import Progress
 from secateur.core.seeding import seeded
 from secateur.data.running import training
 from secateur.lab.checks._digits import digits
+from secateur.lab.checks._meta_full import full
 from secateur.lab.checks._structured import example, structure_of
 from secateur.lab.checks._training import accuracy_of, fitting
 from secateur.lab.reproduce import Check, Expectation, Sample
@@ -167,4 +168,4 @@ def round_trip(model: nn.Module) -> Sample:
     return Sample(error(found), error(found | {"8.weight": transposed}), float("nan"))
 
 
-check = Check(CLAIMS, run)
+check = Check(CLAIMS, run, full)
