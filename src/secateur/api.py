@@ -156,6 +156,7 @@ def sparsify(
     exclude: Sequence[str] = (),
     progress: Progress | None = None,
     state: Mapping[str, Any] | None = None,
+    example: Any = None,
     **settings: Any,
 ) -> Sparsifier:
     """Let a method act while your loop trains the model: call it before the loop, `finish()` after it.
@@ -173,6 +174,8 @@ def sparsify(
         progress: receives progress; silent by default.
         state: `sparsifier.state_dict()` of a checkpoint, to go on from there; load the model's and the
             optimiser's state of the same checkpoint first.
+        example: inputs (a batch, a tensor, a data set) for methods that find the structure in a run or count FLOPs;
+            guessed from the model by default.
         **settings: the method's own settings.
 
     Raises:
@@ -192,6 +195,7 @@ def sparsify(
         seed=seed,
         include=tuple(include),
         exclude=tuple(exclude),
+        example=example,
     )
     return Sparsifier(model, optimizer, entry.parts(order, checked), order, progress=progress, state=state)
 

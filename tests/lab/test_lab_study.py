@@ -115,7 +115,7 @@ def test_trainings_start_from_new_or_from_trained_weights():
     [
         ({"method": "wanda"}, ModelError, "wanda is no procedure around trainings"),
         ({"method": "lotery"}, UnknownNameError, "did you mean lottery"),
-        ({"sparsity": None}, BudgetError, "give --sparsity"),
+        ({"sparsity": None}, BudgetError, "give one of --sparsity"),
         ({"settings": {"ratee": 1}}, UnknownNameError, "did you mean rate"),
         ({"recipe": {"stepps": 1}}, UnknownNameError, "did you mean steps"),
     ],

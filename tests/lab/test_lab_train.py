@@ -8,7 +8,7 @@ import torch
 from secateur.core.errors import BudgetError, DataError, ModelError, SettingsError, UnknownNameError
 from secateur.core.progress import Silent
 from secateur.data.dataset import DataKind, Dataset
-from secateur.lab.train import TrainJob, prepare
+from secateur.lab.train import TrainJob, prepare, train
 from secateur.lab.training import read_job, split
 from secateur.train.logs import Log
 from secateur.train.loop import Fitting
@@ -127,10 +127,30 @@ def test_wrong_files_are_refused(text, error, says, tmp_path):
         read_job(TrainJob, config, {})
 
 
+def test_a_cut_by_flops_is_met_repaired_and_reported(tmp_path):
+    asked = TrainJob(
+        model="zoo:digits-resnet",
+        method="network_slimming",
+        flops=0.6,
+        recipe={"steps": 6, "batch": 32},
+        recover="finetune:steps=8",
+    )
+    record = train(asked, tmp_path / "half")
+    flops = record.sizes.flops
+    assert 0.58 * flops.before < flops.after <= 0.6 * flops.before
+    assert record.quality.recovered.value > record.quality.pruned.value
+    assert record.recovery.name == "finetune"
+    words = record.reproduce.command
+    assert "--flops 0.6" in words
+    assert "--recover finetune:steps=8" in words
+    assert "sc.Budget(0.6, 'flops')" in record.reproduce.python
+    assert "--sparsity" not in words
+
+
 def test_wrong_requests_are_refused_before_anything_slow(tmp_path):
     with pytest.raises(ModelError, match="wanda does not act during training"):
         prepare(job(method="wanda", settings={}), tmp_path / "a", Silent())
-    with pytest.raises(BudgetError, match="give --sparsity"):
+    with pytest.raises(BudgetError, match="give one of --sparsity, --parameters, --flops; got 0"):
         prepare(job(sparsity=None), tmp_path / "b", Silent())
     with pytest.raises(UnknownNameError, match="did you mean lr"):
         prepare(job(recipe={"lrr": 1}), tmp_path / "c", Silent())

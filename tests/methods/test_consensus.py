@@ -118,7 +118,7 @@ def test_a_sequence_of_blocks_in_a_list_is_no_block():
 def test_blocks_directly_in_the_model_are_no_list_to_take_them_out_of():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), Residual(4, 4), nn.Flatten(), nn.Linear(64, 3))
     with pytest.raises(ModelError, match="inside the model"):
-        sc.sparsify(model, sgd(model), "consensus", 0.0, steps=5, shape=(1, 6, 6))
+        sc.sparsify(model, sgd(model), "consensus", 0.0, steps=5, example=torch.rand(2, 1, 6, 6))
 
 
 def test_attaching_leaves_the_model_as_it_was():
@@ -142,7 +142,7 @@ def test_patterns_inclusion_and_exclusion_choose_among_blocks():
 def test_a_model_without_such_blocks_is_refused():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(64, 3))
     with pytest.raises(ModelError, match="adds convolutions to its unchanged input"):
-        sc.sparsify(model, sgd(model), "consensus", 0.0, steps=5, shape=(1, 6, 6))
+        sc.sparsify(model, sgd(model), "consensus", 0.0, steps=5, example=torch.rand(2, 1, 6, 6))
 
 
 # --- the gate and its penalty -----------------------------------------------------------------------
@@ -203,7 +203,7 @@ def flops_of(model, name):
 
 @pytest.mark.parametrize("costs", ["equal", "parameters", "flops"])
 def test_costs_weigh_the_open_gates(costs):
-    model, _, run = attached(costs=costs, polarisation=0.0, shape=(1, 8, 8))
+    model, _, run = attached(costs=costs, polarisation=0.0, example=torch.rand(2, 1, 8, 8))
     sizes = {
         "equal": [1, 1, 1],
         "parameters": [sum(p.numel() for p in model.get_submodule(name).parameters()) for name in GATED],
@@ -469,7 +469,7 @@ def test_one_channel_stays_but_says_nothing_where_all_were_closed(floor, kept):
 
 def test_channels_that_a_norm_counts_get_no_gate():
     model = bottlenecks(norm=lambda width: nn.GroupNorm(1, width))
-    _, _, run = with_channels(model=model, shape=(1, 8, 8))
+    _, _, run = with_channels(model=model, example=torch.rand(2, 1, 8, 8))
     assert list(run.parts[0].gates) == [WIDE]
 
 
@@ -482,7 +482,7 @@ def test_excluded_layers_keep_their_channels():
 
 @pytest.mark.parametrize("costs", ["equal", "parameters", "flops"])
 def test_costs_of_channels(costs):
-    _, _, run = with_channels(costs=costs, polarisation=0.0, activation=1.0, shape=(1, 8, 8))
+    _, _, run = with_channels(costs=costs, polarisation=0.0, activation=1.0, example=torch.rand(2, 1, 8, 8))
     run.parts[0].open = {NARROW: torch.zeros(16, 6), WIDE: torch.ones(16, 8)}
     assert run.penalty().item() == pytest.approx(8 / 14, rel=1e-6)  # channels of both blocks cost the same
 

@@ -220,13 +220,13 @@ def test_a_budget_out_of_reach_is_refused_before_the_training():
 def test_nothing_to_cut_is_refused():
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     with pytest.raises(ModelError, match="nothing is left to cut"):
-        attached("group_lasso", model=model, shape=SHAPE)
+        attached("group_lasso", model=model, example=torch.rand(2, *SHAPE))
 
 
 def test_neurons_of_plain_layers_are_groups_too():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 3))
-    plan, _, _ = finished("group_lasso", 0.5, model=model, shape=SHAPE)
+    plan, _, _ = finished("group_lasso", 0.5, model=model, example=torch.rand(2, *SHAPE))
     assert plan.kept("1:neuron") == 10
     assert plan.scores["1:neuron"][0] == pytest.approx(
         float(torch.cat([model[1].weight[0], model[1].bias[:1], model[3].weight[:, 0]]).square().mean().sqrt()), 1e-5

@@ -67,7 +67,12 @@ def attached(amount=0.6, *, steps=12, model=None, quantity=FLOPS, optimizer=None
     optimizer = optimizer or sgd(model)
     budget = Budget(amount, quantity, floor=more.pop("floor", 0))
     run = sc.sparsify(
-        model, optimizer, "lapp", budget=budget, steps=steps, **{"rate": 0.3, "phase": 0.8, "shape": (1, 8, 8), **more}
+        model,
+        optimizer,
+        "lapp",
+        budget=budget,
+        steps=steps,
+        **{"rate": 0.3, "phase": 0.8, "example": torch.ones(2, 1, 8, 8), **more},
     )
     return model, optimizer, run
 

@@ -172,7 +172,7 @@ def train(model, folder, stop=STEPS, state=None, optimizer_state=None):
         optimizer.load_state_dict(optimizer_state)
     run = sc.sparsify(
         model, optimizer, "metapruning", 0.0, steps=STEPS, state=state,
-        metanetwork=folder, speedup=1.6, parts=10, shape=(1, 8, 8),
+        metanetwork=folder, speedup=1.6, parts=10, example=torch.rand(2, 1, 8, 8),
     )  # fmt: skip
     model.train()
     for step in range(run.step, stop):

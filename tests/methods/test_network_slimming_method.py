@@ -222,7 +222,7 @@ def test_a_dead_layer_is_said():
 def test_a_network_without_norms_is_refused():
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 3))
     with pytest.raises(ModelError, match="scales of batch norms"):
-        sc.sparsify(model, sgd(model), "network_slimming", 0.5, steps=5, shape=SHAPE)
+        sc.sparsify(model, sgd(model), "network_slimming", 0.5, steps=5, example=torch.rand(2, *SHAPE))
     with pytest.raises(ModelError, match="scales of batch norms"):
         sc.plan(model, "network_slimming", 0.5, example=EXAMPLE)
 
@@ -255,7 +255,7 @@ def test_attaching_leaves_the_model_as_it_was():
 
 
 def test_a_net_of_this_shape_needs_it_where_it_cannot_be_guessed():
-    plan, model, _ = finished("network_slimming", shape=SHAPE)
+    plan, model, _ = finished("network_slimming", example=torch.rand(2, *SHAPE))
     assert isinstance(model, Net)
     assert plan.facts[next(iter(plan.facts))]["flops_kept"] < 1
 
@@ -269,5 +269,5 @@ def test_a_depthwise_convolution_passes_channels_on_and_does_not_make_them():
     torch.manual_seed(0)
     layers = [nn.Conv2d(1, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8)]
     model = nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
-    plan, _, _ = finished("network_slimming", model=model, coupled=False, shape=SHAPE)
+    plan, _, _ = finished("network_slimming", model=model, coupled=False, example=torch.rand(2, *SHAPE))
     assert plan.kept("0:channel") == 4

@@ -228,7 +228,7 @@ def test_a_healthy_end_warns_of_nothing():
 def test_a_budget_decides_instead(quantity):
     model = net()
     optimizer = sgd(model)
-    run = sc.sparsify(model, optimizer, "trp", budget=Budget(0.6, quantity), steps=4, shape=SHAPE)
+    run = sc.sparsify(model, optimizer, "trp", budget=Budget(0.6, quantity), steps=4, example=torch.rand(2, *SHAPE))
 
     def cost():
         return parameters(model) if quantity is Quantity.PARAMETERS else flops(model, Batch((torch.randn(2, *SHAPE),)))

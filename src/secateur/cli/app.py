@@ -138,16 +138,18 @@ def prune(
 # what commands that train have in common; None where a flag is not given, so that a file can say it
 JobModel = Annotated[str | None, typer.Argument(help=f"{MODEL_HELP}; or in the file")]
 Config = Annotated[Path | None, typer.Option(help="a YAML file with any of these names; flags win")]
-JobSparsity = Annotated[float | None, typer.Option(help="fraction of the weights to remove, in [0, 1)")]
+JobSparsity = Annotated[float | None, typer.Option(help="fraction of the units to remove, in [0, 1)")]
+JobParameters = Annotated[float | None, typer.Option(help="instead: parameters kept; up to 1 a share")]
+JobFlops = Annotated[float | None, typer.Option(help="instead: FLOPs kept; up to 1 a share, e.g. 0.5")]
 JobOut = Annotated[Path | None, typer.Option(help="folder for the result; the running state is beside it")]
 Steps = Annotated[int | None, typer.Option(help="optimiser steps of one whole training")]
 Recipe = Annotated[
     list[str] | None, typer.Option(help="how to train, name=value: lr, batch, optimizer, decay, weight_decay, ...")
 ]
 SettingWords = Annotated[list[str] | None, typer.Option("--set", help="a setting of the method, name=value")]
-JobMinimum = Annotated[int | None, typer.Option(help="every layer keeps at least so many weights")]
-Include = Annotated[list[str] | None, typer.Option(help="only weights that match")]
-Exclude = Annotated[list[str] | None, typer.Option(help="no weights that match")]
+JobMinimum = Annotated[int | None, typer.Option(help="every layer keeps at least so many units")]
+Include = Annotated[list[str] | None, typer.Option(help="only layers that match")]
+Exclude = Annotated[list[str] | None, typer.Option(help="no layers that match")]
 Validation = Annotated[float | None, typer.Option(help="share of the training data that decides")]
 JobSeed = Annotated[int | None, typer.Option(help="of everything random")]
 JobDevice = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")]
@@ -171,6 +173,8 @@ def train(
     config: Config = None,
     method: Annotated[str | None, typer.Option(help="acts during training: granet, gmp, rigl, ...")] = None,
     sparsity: JobSparsity = None,
+    parameters: JobParameters = None,
+    flops: JobFlops = None,
     out: JobOut = None,
     steps: Steps = None,
     recipe: Recipe = None,
@@ -184,6 +188,7 @@ def train(
     evaluate_every: Annotated[int | None, typer.Option(help="optimiser steps between validations")] = None,
     patience: Annotated[int | None, typer.Option(help="validations on target without a better one, then stop")] = None,
     tensorboard: Annotated[bool | None, typer.Option("--tensorboard", help="write scalars for TensorBoard")] = None,
+    recover: Annotated[str | None, typer.Option(help="after the training and its cut: finetune:steps=300")] = None,
     seed: JobSeed = None,
     weights: Weights = None,
     device: JobDevice = None,
@@ -196,6 +201,8 @@ def train(
     Killed? Run the same command again: it goes on where it was.
 
     `secateur train zoo:digits-mlp --method granet --sparsity 0.95 --steps 1000 --from-scratch --out sparse`
+
+    `secateur train zoo:digits-resnet --method group-lasso --flops 0.5 --steps 300 --recover finetune --out half`
 
     `secateur train --config run.yaml --out sparse`
     """
@@ -212,6 +219,8 @@ def study(
     config: Config = None,
     method: Annotated[str | None, typer.Option(help="works around trainings: lottery, plasticity, oracle, ...")] = None,
     sparsity: JobSparsity = None,
+    parameters: JobParameters = None,
+    flops: JobFlops = None,
     out: JobOut = None,
     steps: Steps = None,
     recipe: Recipe = None,

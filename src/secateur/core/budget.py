@@ -19,7 +19,7 @@ class Quantity(StrEnum):
     DENSITY = "density"  # fraction of the units kept
     UNITS = "units"  # number of units kept
     PARAMETERS = "parameters"  # parameters kept: of the whole model for structured methods, in the sites otherwise
-    FLOPS = "flops"  # FLOPs of the whole model; structured methods
+    FLOPS = "flops"  # FLOPs of the whole model on one sample; structured methods
     BYTES = "bytes"  # bytes of the saved weights; structured methods
     MILLISECONDS = "milliseconds"  # measured latency; structured methods
 

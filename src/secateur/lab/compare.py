@@ -302,10 +302,8 @@ class Bench:
         attached: list[Sparsifier] = []
 
         def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> Sparsifier:
-            settings, steps = rows.settings, fit.steps
-            attached.append(
-                api.sparsify(model, optimizer, name, steps=steps, budget=budget, seed=seed, include=include, **settings)
-            )
+            own: dict[str, Any] = {"budget": budget, "seed": seed, "include": include, **rows.settings}
+            attached.append(api.sparsify(model, optimizer, name, steps=fit.steps, example=fit.data, **own))
             return attached[0]
 
         fit_sparsely(fit, model, attach)
@@ -372,10 +370,8 @@ def _digest(rows: Rows) -> str:
 def _recovery_of(said: str) -> tuple[Any, Any] | None:
     if not said:
         return None
-    name, _, words = said.partition(":")
-    way = recover.find(name)
-    pairs = dict(word.split("=", 1) for word in words.split(",") if "=" in word)
-    return way, way.configure(pairs)
+    way, values = recover.in_words(said)
+    return way, way.configure(values)
 
 
 def markdown(asked: Comparison, results: list[Result]) -> str:

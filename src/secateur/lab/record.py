@@ -103,7 +103,7 @@ def snippet(prepared: Prepared) -> str:
     if prepared.data:
         sampling = _call(seed=job.seed, samples=prepared.samples)
         lines.append(f"data = sc.open_data({prepared.data!r}, opened, {sampling})")
-    words = [_call(method=job.method), _budget_word(job)]
+    words = [_call(method=job.method), budget_word(job)]
     words += ["data=data.calibration"] if prepared.data else []
     words += [_call(seed=job.seed, **job.settings)]
     words += [_call(include=job.include)] if job.include != ("*",) else []
@@ -113,7 +113,8 @@ def snippet(prepared: Prepared) -> str:
     return "\n".join([*lines, "sc.apply_(opened.model, plan)"])
 
 
-def _budget_word(job: Job) -> str:
+def budget_word(job: Job) -> str:
+    """A job's budget as an argument in Python."""
     if job.pattern is not None:
         return _call(pattern=job.pattern)
     if job.sparsity is None:

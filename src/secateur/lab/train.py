@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from secateur import api
+from secateur import api, recover
 from secateur.core.files import check_free, sweep, write_json
 from secateur.core.method import Method
 from secateur.core.plan import Plan
@@ -25,9 +25,10 @@ from secateur.data.dataset import Dataset, Splits
 from secateur.data.running import evaluating, training
 from secateur.io.models import OpenedModel, open_model
 from secateur.lab import prune
-from secateur.lab.record import Outcome, make_record, with_file_sizes
-from secateur.lab.training import TrainingRequest, fresh_model, split, training_data
+from secateur.lab.record import Outcome, budget_word, make_record, with_file_sizes
+from secateur.lab.training import BUDGETS, TrainingRequest, fresh_model, split, training_data
 from secateur.measure import Quality, measure_together, probe_machine, quality
+from secateur.recover import Request
 from secateur.report import Record, write
 from secateur.shrink.apply import apply_
 from secateur.shrink.folder import OWN
@@ -51,14 +52,17 @@ class TrainJob(TrainingRequest):
         None, ge=1, description="stop after so many validations on target without a better one"
     )
     tensorboard: bool = Field(False, description="write scalars for TensorBoard")
+    recover: str = Field("", description="after the training and its cut: finetune:steps=300, batchnorm, ...")
 
     def command(self, out: str) -> str:
         """The command line that makes this result again."""
-        words = ["secateur", "train", self.model, "--method", self.method, "--sparsity", repr(self.sparsity)]
+        words = ["secateur", "train", self.model, "--method", self.method]
+        for name in BUDGETS:
+            words += _flag(name, getattr(self, name)) if getattr(self, name) is not None else []
         words += ["--steps", str(self.recipe["steps"])] if "steps" in self.recipe else []
         for name, info in type(self).model_fields.items():
             value = getattr(self, name)
-            if name in ("model", "method", "sparsity") or value == info.get_default(call_default_factory=True):
+            if name in ("model", "method", *BUDGETS) or value == info.get_default(call_default_factory=True):
                 continue
             words += _flag(name, value)
         return shlex.join([*words, "--out", out])
@@ -79,6 +83,14 @@ def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
+@dataclass(frozen=True)
+class Recovered:
+    """What a recovery after the training came to: the quality right after the cut, its own figures."""
+
+    pruned: Quality
+    figures: dict[str, float]
+
+
 @dataclass
 class Session:
     """A training with everything it needs: models, data, optimiser, sparsifier, what was best so far.
@@ -87,6 +99,7 @@ class Session:
         step: optimiser steps done.
         best: value of the best validation on target, and its step; None before there is one.
         stale: validations on target since then.
+        recovered: what came after the cut, if anything.
     """
 
     job: TrainJob
@@ -104,6 +117,7 @@ class Session:
     best: tuple[float, int] | None = None
     stale: int = 0
     seen: int = field(default=0)
+    recovered: Recovered | None = None
 
     # --- one after the other ------------------------------------------------------------------
 
@@ -189,6 +203,8 @@ def train(job: TrainJob, out: str | Path, progress: Progress | None = None) -> R
     session, dense = prepare(job, out.with_name(out.name + ".training"), progress)
     session.run(progress)
     plan = session.finish()
+    if job.recover:
+        session.recovered = recover_after(session, plan, dense, progress)
     record = _record(session, dense, plan, str(out), progress)
 
     def extend(folder: Path) -> None:
@@ -225,6 +241,8 @@ def prepare(job: TrainJob, folder: Path, progress: Progress) -> tuple[Session, n
     method = api.find_method(job.method)
     method.configure(dict(job.settings))
     _ = job.budget
+    if job.recover:
+        recover.in_words(job.recover)
     recipe = job.checked_recipe()
     opened = open_model(job.model, job.weights, device=job.device, trust_factory=job.trust_factory)
     splits = training_data(job, opened)
@@ -235,7 +253,9 @@ def prepare(job: TrainJob, folder: Path, progress: Progress) -> tuple[Session, n
     validation, rest = split(splits.calibration, job.validation, job.seed)
     for parameter in opened.model.parameters():
         parameter.requires_grad_(True)
-    ledger = Ledger(folder, job.model_dump(mode="json", exclude={"force", "verify", "tensorboard"}))
+    settings = job.model_dump(mode="json", exclude={"force", "verify", "tensorboard"})
+    if folder.exists():
+        Ledger(folder, settings)  # refuses what was asked for otherwise
     state = load_tree(folder / "state") if (folder / "state").exists() else None
     fit = Fitting(rest, recipe, seed=job.seed, progress=progress)
     optimizer = recipe.make_optimizer(opened.model)
@@ -252,32 +272,44 @@ def prepare(job: TrainJob, folder: Path, progress: Progress) -> tuple[Session, n
         include=job.include,
         exclude=job.exclude,
         progress=progress,
+        example=rest,
         state=None if state is None else state["sparsifier"],
         **job.settings,
     )
     own: dict[str, Any] = {} if state is None else state["own"]
-    assert ledger.folder is not None
+    Ledger(folder, settings)
     log = Log(folder, own.get("step", 0), job.tensorboard)
     found = Session(job, opened, method, recipe, splits, validation, fit, optimizer, sparsifier, folder, log, **own)
     return found, dense
 
 
-def _record(session: Session, dense: nn.Module, plan: Plan, out: str, progress: Progress) -> Record:
+def recover_after(session: Session, plan: Plan, dense: nn.Module, progress: Progress) -> Recovered:
+    """Repair the cut network with the data that it was trained on."""
     job, model = session.job, session.opened.model
+    pruned = quality(model, session.splits.evaluation, progress=progress)
+    recovery, values = recover.in_words(job.recover)
+    request = Request(model, plan, session.fit.data, job.seed, progress, dense)
+    return Recovered(pruned, recovery.run(request, recovery.configure(values)))
+
+
+def _record(session: Session, dense: nn.Module, plan: Plan, out: str, progress: Progress) -> Record:
+    job, model, recovered = session.job, session.opened.model, session.recovered
     found = measure_together(
         {"before": dense, "after": model}, session.splits.evaluation, seed=job.seed, progress=progress
     )
-    asked = prune.Job(model=job.model, method=job.method, sparsity=job.sparsity, minimum=job.minimum, seed=job.seed)
+    budget = {name: getattr(job, name) for name in BUDGETS}
+    recovery, values = recover.in_words(job.recover) if job.recover else (None, {})
+    asked = prune.Job(job.model, job.method, **budget, minimum=job.minimum, recover_settings=values, seed=job.seed)
     data = job.data or session.opened.data
-    prepared = prune.Prepared(asked, session.opened, session.method, None, data, 0, session.splits)
+    prepared = prune.Prepared(asked, session.opened, session.method, recovery, data, 0, session.splits)
     record = make_record(
         Outcome(
             prepared=prepared,
             plan=plan,
             before=found["before"],
             after=found["after"],
-            pruned=None,
-            recovery_figures={},
+            pruned=recovered.pruned if recovered else None,
+            recovery_figures=recovered.figures if recovered else {},
             machine=probe_machine(device=job.device, progress=progress),
             command=job.command(out),
         )
@@ -286,7 +318,7 @@ def _record(session: Session, dense: nn.Module, plan: Plan, out: str, progress: 
     reproduce = record.reproduce.model_copy(
         update={
             "python": f"import secateur as sc\n# in your own loop:\nsparsifier = sc.sparsify(model, optimizer, "
-            f"{session.method.name!r}, {job.sparsity!r}, steps={session.recipe.steps}, seed={job.seed})",
+            f"{session.method.name!r}, {budget_word(asked)}, steps={session.recipe.steps}, seed={job.seed})",
             "settings": dict(record.reproduce.settings) | {"recipe": session.recipe.model_dump(mode="json")},
         }
     )

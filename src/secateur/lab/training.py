@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field
 from torch import nn
 
-from secateur.core.budget import Budget
+from secateur.core.budget import Budget, Quantity
 from secateur.core.errors import BudgetError, DataError, ModelError, SettingsError
 from secateur.core.method import Settings, configure
 from secateur.core.seeding import generator
@@ -23,6 +23,7 @@ from secateur.train.loop import Recipe
 from secateur.zoo import get
 from secateur.zoo.loading import make
 
+BUDGETS = ("sparsity", "parameters", "flops")
 WINDOWS = 4096  # windows of text to train on; images are used up to the data's end
 
 
@@ -31,8 +32,10 @@ class TrainingRequest(Settings):
 
     model: str = Field(description="zoo:NAME, a folder, a hub id, or module.path:factory")
     method: str = Field(description="a name from `secateur methods`")
-    sparsity: float | None = Field(None, description="fraction of the weights to remove, in [0, 1)")
-    minimum: int = Field(0, ge=0, description="every layer keeps at least so many weights")
+    sparsity: float | None = Field(None, description="fraction of the units to remove, in [0, 1)")
+    parameters: float | None = Field(None, description="instead: parameters kept; up to 1 a share")
+    flops: float | None = Field(None, description="instead: FLOPs kept; up to 1 a share")
+    minimum: int = Field(0, ge=0, description="every layer keeps at least so many units")
     data: str | None = Field(None, description="training and test data; default: the model's own")
     settings: dict[str, Any] = Field(default_factory=dict, description="of the method")
     recipe: dict[str, Any] = Field(default_factory=dict, description="how to train: steps, batch, lr, optimizer, ...")
@@ -49,9 +52,11 @@ class TrainingRequest(Settings):
     @property
     def budget(self) -> Budget:
         """What stays in the end."""
-        if self.sparsity is None:
-            raise BudgetError("give --sparsity, the fraction of the weights to remove")
-        return Budget(self.sparsity, floor=self.minimum)
+        given = {name: getattr(self, name) for name in BUDGETS if getattr(self, name) is not None}
+        if len(given) != 1:
+            raise BudgetError(f"give one of {', '.join(f'--{name}' for name in BUDGETS)}; got {len(given)}")
+        ((name, amount),) = given.items()
+        return Budget(amount, Quantity(name), floor=self.minimum)
 
     def checked_recipe(self) -> Recipe:
         """How to train."""

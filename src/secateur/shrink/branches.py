@@ -52,7 +52,6 @@ class BranchSettings(Settings):
     )
     normed: bool = Field(True, description="a batch norm of its own in the by-pass")
     first: bool = Field(False, description="prune the network's first convolution too")
-    shape: tuple[int, ...] = Field((), description="of one input, e.g. 3,32,32, to count FLOPs at; guessed by default")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from torch import nn
 from secateur.core.errors import BudgetError
 from secateur.core.method import Decision, Task
 from secateur.core.units import Site
-from secateur.data.probe import SAMPLES, of_shape
 from secateur.data.running import evaluating
 from secateur.shrink.structured import (
     Criterion,
@@ -38,7 +37,6 @@ class EndSettings(StructuredSettings):
     """What the cut at the end of a training is asked for."""
 
     coupled: bool = Field(True, description="also units that several layers make together, as on residual streams")
-    shape: tuple[int, ...] = Field((), description="of one input, e.g. 3,32,32, where it cannot be guessed")
 
     def filter(self, model: nn.Module) -> Filter | None:
         """The sites that may be cut; None for all."""
@@ -104,7 +102,7 @@ class StructuredEnd(Part):
             BudgetError: out of reach; gives the reachable range.
         """
         refuse_settings(self.settings, "steps")
-        order, shape = run.order, self.settings.shape
+        order = run.order
         task = Task(
             model=run.model,
             budget=order.budget,
@@ -113,7 +111,7 @@ class StructuredEnd(Part):
             exclude=order.exclude,
             keep_scores=True,
             progress=run.progress,
-            example=of_shape(run.model, (SAMPLES, *shape)) if shape else None,
+            example=order.inputs(run.model),
         )
         with evaluating(run.model):
             self.work = begin(task, self.settings, self.settings.filter(run.model))

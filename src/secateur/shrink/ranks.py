@@ -17,7 +17,7 @@ from secateur.core.errors import BudgetError, ModelError
 from secateur.core.method import Batch, Decision
 from secateur.core.units import Layout, Scheme, Site, UnitKind
 from secateur.data.batches import run
-from secateur.data.running import evaluating
+from secateur.data.running import evaluating, resized
 from secateur.measure.flops import flops
 from secateur.scores.spectrum import Rule, Spectrum, full_rank
 from secateur.structure.sites import weight_layers
@@ -176,7 +176,7 @@ class RankLayers:
         if budget.quantity is Quantity.PARAMETERS:
             return self.parameters
         if budget.quantity is Quantity.FLOPS:
-            return Work.of(self, example()).flops
+            return Work.of(self, resized(example(), 1)).flops
         raise BudgetError(f"ranks take a budget in parameters or flops, or a sparsity of parameters, not in {budget}")
 
     def within(self, spectra: Mapping[str, Spectrum], budget: Budget, example: Callable[[], Batch]) -> Counts:

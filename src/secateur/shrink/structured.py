@@ -284,7 +284,8 @@ class Work:
             case Quantity.PARAMETERS:
                 return self.structure.parameters
             case Quantity.FLOPS:
-                return self.structure.flops
+                samples = self.example.samples
+                return lambda counts: self.structure.flops(counts) / samples  # budgets are of one
             case Quantity.BYTES:
                 return self._file_cost()
             case Quantity.MILLISECONDS:

@@ -19,11 +19,12 @@ from secateur.core.budget import Budget
 from secateur.core.errors import BudgetError, ModelError, SettingsError
 from secateur.core.fingerprint import digests
 from secateur.core.masks import pack, unpack
-from secateur.core.method import Decision, matches
+from secateur.core.method import Batch, Decision, matches
 from secateur.core.plan import Plan, Provenance, versions
 from secateur.core.progress import Progress, Silent
 from secateur.core.seeding import generator
 from secateur.core.units import Site, UnitKind
+from secateur.data.example import example_for
 from secateur.structure.sites import weight_layers
 from secateur.train.masking import Masks, plain, refuse_outsiders, unwrapped
 from secateur.train.part import Part
@@ -41,6 +42,7 @@ class Order:
         steps: optimiser steps of the whole training.
         seed: of every random draw.
         include, exclude: shell patterns over parameter names; exclude wins.
+        example: inputs to find the structure with, anything that `example_for` takes; guessed without any.
     """
 
     method: str
@@ -50,10 +52,19 @@ class Order:
     seed: int = 0
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
+    example: Any = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise SettingsError(f"training needs at least 1 optimiser step, got steps={self.steps}")
+
+    def inputs(self, model: nn.Module) -> Batch:
+        """Two samples to observe the model with.
+
+        Raises:
+            DataError: none were given, and they cannot be guessed.
+        """
+        return example_for(model, self.example)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""

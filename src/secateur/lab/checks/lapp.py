@@ -196,7 +196,7 @@ def pruned(seed: int, progress: Progress, control: str = "") -> Outcome:
     fit = fitting(seed, progress)
     optimizer = fit.recipe.make_optimizer(model)
     budget, steps = Budget(SHARE, Quantity.FLOPS), RECIPE.steps
-    own: dict[str, Any] = {"rate": RATE, "phase": PHASE, "shape": SHAPE}
+    own: dict[str, Any] = {"rate": RATE, "phase": PHASE, "example": fit.data}
     run = api.sparsify(model, optimizer, "lapp", budget=budget, steps=steps, seed=seed, **own)
     outcome = Outcome(model, run, [], 0.0)
     outcome.counts.append(dict(outcome.part.counts))

@@ -136,7 +136,7 @@ def outcome(network: nn.Module, folders: Mapping[str, str], name: str, seed: int
     model, fit = copy.deepcopy(network), fitting(TUNE, seed + 1)
     optimizer = fit.recipe.make_optimizer(model)
     sparsifier = api.sparsify(
-        model, optimizer, "metapruning", 0.0, steps=fit.steps, shape=(1, 8, 8), metanetwork=folders[name], speedup=2.0
+        model, optimizer, "metapruning", 0.0, steps=fit.steps, example=fit.data, metanetwork=folders[name], speedup=2.0
     )
     with sparsifier, training(model, fit.seed):
         for step in range(fit.steps):

@@ -38,8 +38,6 @@ from secateur.core.errors import BudgetError, DataError, ModelError
 from secateur.core.method import Batch, Decision, Group, Method, Protocol, Settings, matches
 from secateur.core.units import Site, UnitKind
 from secateur.data.batches import forward
-from secateur.data.example import example_for
-from secateur.data.probe import SAMPLES, of_shape
 from secateur.data.running import evaluating
 from secateur.gates.polarisation import activation_loss, agreement_loss, consensus
 from secateur.gates.pooled import PooledGate
@@ -89,7 +87,6 @@ class ConsensusSettings(Settings):
     ramp: bool = Field(True, description="raise that weight linearly from 0; constant keeps all gates open")
     costs: Costs = Field(Costs.EQUAL, description="all gates alike, or by the parameters or FLOPs behind them")
     tail: float = Field(0.1, gt=0, le=1, description="share of the training, at its end, whose gates decide")
-    shape: tuple[int, ...] = Field((), description="of one input, e.g. 3,32,32, where it cannot be guessed")
 
     def weights(self, aims: bool) -> tuple[float, float]:
         """Of the activation and of the full agreement loss; `aims`: whether a share of open gates is aimed at.
@@ -152,9 +149,7 @@ class ConsensusGates(Part):
 
     def start(self, run: Sparsifier) -> None:
         """Find the blocks, hang gates on them, give their parameters to the optimiser."""
-        shape = self.settings.shape
-        example = of_shape(run.model, (SAMPLES, *shape)) if shape else example_for(run.model)
-        structure = analyse(run.model, example)
+        structure = analyse(run.model, run.order.inputs(run.model))
         self.gated = find_gated(run.model, structure, run.order, self.settings)
         self.sites = {one.name: structure.sites[one.name] for one in self.gated if one.readers}
         self.least = {name: structure.minimums.get(name, 1) for name in self.sites}

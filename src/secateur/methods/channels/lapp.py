@@ -39,8 +39,6 @@ from secateur.core import tags as t
 from secateur.core.errors import BudgetError
 from secateur.core.method import Decision, Group, Method, Protocol, matches
 from secateur.core.units import UnitKind
-from secateur.data.example import example_for
-from secateur.data.probe import SAMPLES, of_shape
 from secateur.gates.budget import hinge_loss
 from secateur.gates.threshold import Slope, frozen, long_tail, sigmoid_slope, step_gate
 from secateur.shrink.branches import (
@@ -163,8 +161,8 @@ class Lapp(Part):
             ModelError: there is no such layer.
             BudgetError: out of reach; says the least that can be reached.
         """
-        order, shape, model = run.order, self.settings.shape, run.model
-        batch = of_shape(model, (SAMPLES, *shape)) if shape else example_for(model)
+        order, model = run.order, run.model
+        batch = order.inputs(model)
 
         def wanted(name: str) -> bool:
             return matches(name, order.include, order.exclude)

@@ -46,7 +46,7 @@ from secateur.core.seeding import seeded
 from secateur.core.units import UnitKind
 from secateur.data.batches import as_batches
 from secateur.data.example import example_for
-from secateur.data.running import evaluating
+from secateur.data.running import evaluating, resized
 from secateur.measure.flops import flops
 from secateur.measure.size import parameters
 from secateur.shrink.apply import apply_, stamp
@@ -61,6 +61,7 @@ from secateur.train.snapshot import model_state
 from secateur.train.sparsifier import Order
 from secateur.train.study import Findings, Masks, RewindTo, State, Study
 
+NEIGHBOURS = "; strict=false adds those next to a change of resolution"
 # what a budget may count beside blocks
 MEASURED: Mapping[Quantity, Callable[[nn.Module, Any], int]] = {
     Quantity.FLOPS: flops,
@@ -109,7 +110,7 @@ def plan(task: Task, settings: LayerLotterySettings) -> Decision:
     lists = candidates(task, settings)
     if task.budget.quantity in MEASURED and not settings.p:
         scores = block_scores(task, settings, lists)
-        count = fewest(task, lists, scores, room(lists, task.budget.floor))
+        count = fewest(task, settings, lists, scores)
     else:
         (count,) = amounts(task.budget, settings, lists)
         scores = block_scores(task, settings, lists)
@@ -154,7 +155,7 @@ def amounts(budget: Budget, settings: LayerLotterySettings, lists: list[Removabl
     least = 0 if idle else 1
     for count in settings.p or (asked,):
         if not least <= count <= most:
-            more = "; strict=false adds those next to a change of resolution" if settings.strict else ""
+            more = NEIGHBOURS if settings.strict else ""
             raise BudgetError(
                 f"cannot remove {count} of the {free} residual blocks that may go: 1 to {most} are in reach, since one "
                 f"of them, and one block of every list, must stay{more}"
@@ -168,25 +169,27 @@ def room(lists: list[Removable], floor: int) -> int:
     return max(0, min(free - 1, sum(min(len(one.free), len(one.stack.blocks) - max(1, floor)) for one in lists)))
 
 
-def fewest(task: Task, lists: list[Removable], scores: Mapping[str, float], most: int) -> int:
+def fewest(task: Task, settings: LayerLotterySettings, lists: list[Removable], scores: Mapping[str, float]) -> int:
     """How many of the lowest blocks have to go until FLOPs or parameters are down to the budget.
 
     Raises:
-        BudgetError: it is not met without `most` of them.
+        BudgetError: it is not met without all that may go.
     """
+    most = room(lists, task.budget.floor)
     assert task.example is not None  # `uses_example`
-    measure = MEASURED[task.budget.quantity]
+    measure, one = MEASURED[task.budget.quantity], resized(task.example, 1)
 
     def left(count: int) -> int:
         masks = without_lowest(lists, scores, count, task.budget.floor).masks
-        return measure(_without(copy.deepcopy(task.model), masks), task.example)
+        return measure(_without(copy.deepcopy(task.model), masks), one)
 
     dense, least = left(0), left(most)
     target = target_of(task.budget, dense)
     if not least <= target <= dense:
         raise BudgetError(
-            f"{task.budget} is out of reach: without {most} residual blocks, all that may go together, "
-            f"{least / dense:.4g} of the dense {task.budget.quantity} are left, {target / dense:.4g} was asked for"
+            f"{task.budget} is out of reach: {most} residual blocks may go together, and without these "
+            f"{least / dense:.4g} of the dense {task.budget.quantity} ({least} of {dense}) are left"
+            f"{NEIGHBOURS if settings.strict else ''}"
         )
     return bisect_left(range(most + 1), True, key=lambda count: left(count) <= target)
 

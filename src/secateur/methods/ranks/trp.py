@@ -34,8 +34,6 @@ from torch import Tensor, nn
 from secateur.core import tags as t
 from secateur.core.method import Decision, Group, Method, Protocol, Settings, matches
 from secateur.core.units import Scheme, UnitKind
-from secateur.data.example import example_for
-from secateur.data.probe import SAMPLES, of_shape
 from secateur.data.running import evaluating
 from secateur.scores.spectrum import Rule, Spectrum, ranks
 from secateur.shrink.ranks import RankLayers, undecided
@@ -63,7 +61,6 @@ class TRPSettings(Settings):
     )
     amount: float | None = Field(None, gt=0, description="how much of it; default: 0.05 of value, 0.85 of energy")
     reference: bool = Field(False, description="the official end: strided layers stay whole, others are always split")
-    shape: tuple[int, ...] = Field((), description="of one input, e.g. 3,32,32, for FLOPs where it cannot be guessed")
 
     @property
     def ending(self) -> tuple[Rule, float]:
@@ -184,12 +181,10 @@ class TrainedRanks(Part):
                 )
 
     def _counts(self, run: Sparsifier, spectra: Mapping[str, Spectrum]) -> Mapping[str, int]:
-        budget, shape = run.order.budget, self.settings.shape
+        budget = run.order.budget
         if not undecided(budget):
             with evaluating(run.model):
-                return self.layers.within(
-                    spectra, budget, lambda: of_shape(run.model, (SAMPLES, *shape)) if shape else example_for(run.model)
-                )
+                return self.layers.within(spectra, budget, lambda: run.order.inputs(run.model))
         if not self.settings.reference:
             return self.layers.by_rule(spectra, *self.settings.ending)
         found = {name: one.rank(*self.settings.ending) for name, one in spectra.items()}
