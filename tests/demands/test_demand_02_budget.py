@@ -50,10 +50,10 @@ def file_bytes(found, plan, folder):
 
 
 def recounted(quantity, found, x, plan, folder):
-    """What a model has of a quantity, counted without the library's own counters."""
+    """What a model has of a quantity, FLOPs of one sample, counted without the library's own counters."""
     if quantity == "parameters":
         return parameters(found.model)
-    return flops(found.model, x) if quantity == "flops" else file_bytes(found, plan, folder)
+    return flops(found.model, x[:1]) if quantity == "flops" else file_bytes(found, plan, folder)
 
 
 CASES = [

@@ -1,13 +1,17 @@
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from secateur.cli.app import app
-from secateur.core.errors import SettingsError, UnknownNameError
+from secateur.core.errors import ModelError, SettingsError, UnknownNameError
+from secateur.core.progress import Silent
 from secateur.lab import compare as lab
+from secateur.lab.checks._beside import Figure, Ground, Rival, Runs, beside
 from secateur.lab.compare import Comparison, compare, markdown, read_comparison
+from secateur.train.study import Ledger
 
 RECOVER = "finetune:steps=2"
 ASKED = {
@@ -180,3 +184,45 @@ def test_vision_models_are_timed_by_batches_and_methods_that_act_in_training_get
 def test_rows_that_cannot_be_trained_are_refused_before_any_work(rows, match):
     with pytest.raises(SettingsError, match=match):
         compare(Comparison(**ASKED | {"rows": [rows | {"sparsity": [0.5]}]}))
+
+
+def test_shipped_comparisons_are_found_by_name_and_variables_looked_up(tmp_path, monkeypatch):
+    assert {"llama-5m-english", "resnet56-cifar10", "resnet20-cifar10"} <= set(lab.known_comparisons())
+    found = read_comparison(Path("resnet56-cifar10"))
+    assert found.data.startswith("$SECATEUR_DATA/cifar10?")  # as it is said, not as it is on this machine
+    monkeypatch.setenv("SECATEUR_DATA", str(tmp_path))
+    assert lab.located(found.data).startswith(f"{tmp_path}/cifar10?")
+    monkeypatch.delenv("SECATEUR_DATA")
+    with pytest.raises(SettingsError, match="names an environment variable that is not set"):
+        lab.located(found.data)
+    with pytest.raises(SettingsError, match="no file 'resnet57', and no comparison of that name: llama"):
+        read_comparison(Path("resnet57"))
+
+
+SMALL = """
+model: zoo:digits-resnet
+data: zoo:digits
+samples: 16
+seeds: 1
+rows:
+  - {methods: [channel_norm, group_random], flops: [0.5], recover: "finetune:steps=1"}
+  - {methods: [group_lasso], flops: [0.5], train: "finetune:steps=1"}
+  - {methods: [layer_lottery], settings: {strict: false, criterion: random}, flops: [0.01]}
+"""
+
+
+def test_rows_of_a_comparison_are_the_ground_of_checks(tmp_path):
+    (tmp_path / "small.yaml").write_text(SMALL)
+    ground = Ground(str(tmp_path / "small.yaml"), "small", Figure.TRAINED, lower=False)
+    norm, chance, lasso = Rival("channel_norm"), Rival("group_random"), Rival("group_lasso")
+    check = beside(ground, lasso, norm, chance, (("flops", 0.5),))
+    ledger = Ledger(None, {})
+    (sample,) = check.run(0, Silent(), ledger).values()
+    values = [Runs.of(ground, 0, Silent(), ledger).value(rival, ("flops", 0.5)) for rival in (lasso, norm, chance)]
+    best = max(values[1:])
+    assert (sample.value, sample.baseline, sample.random) == tuple(100 * (value - best) for value in values)
+    assert max(sample.baseline, sample.random) == 0  # the better of the two never shows
+    drawn = Rival("channel_norm", "", lambda seed, amount: {"norm": "l1"})
+    assert drawn.rows(ground.asked(0), 0, ("flops", 0.5)).settings == {"norm": "l1"}
+    with pytest.raises(ModelError, match=r"layer_lottery at flops 0\.01"):
+        Runs.of(ground, 0, Silent(), ledger).value(Rival("layer_lottery"), ("flops", 0.01))

@@ -338,12 +338,31 @@ def test_numbers_out_of_reach_are_refused_with_the_range():
         sc.plan(model, "layer_lottery", sparsity=0.05, data=DATA)  # less than one block
     with pytest.raises(BudgetError, match="either"):
         sc.plan(model, "layer_lottery", sparsity=0.5, p=(2,), data=DATA)
-    with pytest.raises(BudgetError, match="counts blocks"):
+    with pytest.raises(BudgetError, match=r"8 residual blocks may go together, and without these 0\.\d+ of the dense"):
         sc.plan(model, "layer_lottery", budget=sc.Budget(100, Quantity.PARAMETERS), data=DATA)
+    with pytest.raises(BudgetError, match="either"):
+        sc.plan(model, "layer_lottery", budget=sc.Budget(0.9, Quantity.FLOPS), p=(2,), data=DATA)
     with pytest.raises(SettingsError, match="one number"):
         sc.plan(model, "layer_lottery", sparsity=0, p=(1, 2), data=DATA)
     with pytest.raises(BudgetError, match=r"cannot remove 8 of the 7"):
         planned(made(blocks=3), p=8)
+
+
+@pytest.mark.parametrize("quantity", [Quantity.FLOPS, Quantity.PARAMETERS])
+def test_a_budget_of_cost_is_met_by_the_fewest_blocks(quantity):
+    dense, one = made(blocks=5), Batch((DATA.inputs[:1],))
+
+    def amount(model):
+        return flops(model, one) if quantity is Quantity.FLOPS else parameters(model)
+
+    for asked in (0.8, 0.5, round(0.8 * amount(dense))):
+        plan = sc.plan(dense, "layer_lottery", budget=sc.Budget(asked, quantity), data=DATA, strict=False)
+        count = len(gone(plan))
+        limit = asked * amount(dense) if asked <= 1 else asked
+        left = [amount(sc.apply_(copy.deepcopy(dense), planned(dense, p=p))) for p in (count - 1, count)]
+        assert left[1] <= limit < left[0]
+        facts = next(iter(plan.facts.values()))
+        assert facts[f"{quantity}_kept"] == pytest.approx(left[1] / amount(dense), abs=1e-6)
 
 
 def test_what_is_missing_is_said():

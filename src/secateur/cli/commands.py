@@ -171,10 +171,18 @@ def _print_plan(plan: Plan, json: bool) -> None:
     for entry in plan.provenance:
         asked = entry.budget.get("pattern") or f"{entry.budget['quantity']} {entry.budget['amount']:g}"
         settings = ", ".join(f"{name}={value}" for name, value in entry.settings.items())
-        show.say(f"{entry.method}: asked {asked}, reached {plan.sparsity:.4%}; seed {entry.seed}; {settings}")
+        reached = _reached(plan, entry.budget["quantity"])
+        show.say(f"{entry.method}: asked {asked}, reached {reached}; seed {entry.seed}; {settings}")
         if entry.data:
             show.say(f"calibrated on {entry.data['samples']} samples of {entry.data['name']} ({entry.data['digest']})")
     show.warn(plan.warnings)
+
+
+def _reached(plan: Plan, quantity: str) -> str:
+    """In what the budget counts, where the plan knows it, and in units."""
+    shares = [facts[f"{quantity}_kept"] for facts in plan.facts.values() if f"{quantity}_kept" in facts]
+    said = f"{plan.sparsity:.4%}"
+    return f"{shares[0]:.4g} of the dense {quantity}, {said} of the units removed" if shares else said
 
 
 def _print_result(record: Record | None, out: Path, how: str = ", reloaded and compared") -> None:

@@ -168,7 +168,7 @@ class Race:
 
     def _figures(self, entrant: Entrant, model: nn.Module, metrics: Mapping[str, float]) -> Row:
         def make() -> Row:
-            example = as_batches(self.train_data(), 2)[0]
+            example = as_batches(self.train_data(), 1)[0]
             found: Row = {"parameters": parameters(model), "flops": flops(model, example)}
             if self.data is not None:
                 dense, _ = self.trained(self.dense)

@@ -102,11 +102,13 @@ class RankLayers:
         model: dense.
         layers: by name of the module.
         skipped: module -> why it is left alone.
+        work: what FLOPs were counted with, once a budget has asked for them.
     """
 
     model: nn.Module
     layers: Mapping[str, RankLayer]
     skipped: Mapping[str, str]
+    work: list[Work] = field(default_factory=list)
 
     @classmethod
     def find(cls, model: nn.Module, scheme: Scheme, wants: Callable[[str], bool], linear: bool = True) -> RankLayers:
@@ -176,7 +178,8 @@ class RankLayers:
         if budget.quantity is Quantity.PARAMETERS:
             return self.parameters
         if budget.quantity is Quantity.FLOPS:
-            return Work.of(self, resized(example(), 1)).flops
+            self.work[:] = [Work.of(self, resized(example(), 1))]
+            return self.work[0].flops
         raise BudgetError(f"ranks take a budget in parameters or flops, or a sparsity of parameters, not in {budget}")
 
     def within(self, spectra: Mapping[str, Spectrum], budget: Budget, example: Callable[[], Batch]) -> Counts:
@@ -215,7 +218,16 @@ class RankLayers:
                 found.additions.append(_addition(layer, rank))
                 found.weights.update(_values(layer, spectrum, rank))
         found.warnings = self._left_alone(name for name in self.layers if counts[name] == self.layers[name].full)
+        next(iter(found.facts.values())).update(self._shares(counts))
         return found
+
+    def _shares(self, counts: Mapping[str, int]) -> dict[str, float]:
+        """What of the dense model's parameters stays, and of its FLOPs where a budget asked for these."""
+        dense = {name: layer.full for name, layer in self.layers.items()}
+        found = {"parameters_kept": self.parameters(counts) / self.parameters(dense)}
+        if self.work:
+            found["flops_kept"] = self.work[0].flops(counts) / self.work[0].whole
+        return {name: round(share, 6) for name, share in found.items()}
 
     def _left_alone(self, whole: Iterable[str]) -> list[str]:
         """One sentence for each reason why layers are not factorised."""

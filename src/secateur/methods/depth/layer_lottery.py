@@ -115,6 +115,7 @@ def plan(task: Task, settings: LayerLotterySettings) -> Decision:
         (count,) = amounts(task.budget, settings, lists)
         scores = block_scores(task, settings, lists)
     found = without_lowest(lists, scores, count, task.budget.floor)
+    found.facts[lists[0].stack.name] |= kept_shares(task, found.masks)
     if settings.criterion is Criterion.L1:
         found.warnings.append("l1 tells stages apart and not blocks: all that goes comes from the narrow early stages")
     return found if task.keep_scores else _without_scores(found)
@@ -145,10 +146,10 @@ def amounts(budget: Budget, settings: LayerLotterySettings, lists: list[Removabl
         BudgetError: out of reach, or two answers.
     """
     budget, free = budget.of(UnitKind.BLOCK), sum(len(one.free) for one in lists)
-    if budget.pattern or budget.quantity is Quantity.PARAMETERS:
-        raise BudgetError(f"{budget} counts no blocks, which p and a study do; give a sparsity")
-    asked = free - budget.keep(free)
-    if settings.p and asked:
+    if budget.quantity in MEASURED and not settings.p:
+        raise BudgetError(f"a study of tickets counts blocks, which {budget} does not; give a sparsity or p")
+    asked = 0 if budget.quantity in MEASURED else free - budget.keep(free)
+    if settings.p and (asked or budget.quantity in MEASURED):
         raise BudgetError(f"give either p={settings.p} or {budget}; beside p the sparsity is 0")
     most = room(lists, budget.floor)
     idle = not settings.p and budget in (Budget(0.0, floor=budget.floor), Budget(1.0, Quantity.DENSITY, budget.floor))
@@ -161,6 +162,14 @@ def amounts(budget: Budget, settings: LayerLotterySettings, lists: list[Removabl
                 f"of them, and one block of every list, must stay{more}"
             )
     return settings.p or (asked,)
+
+
+def kept_shares(task: Task, masks: Mapping[str, Tensor]) -> dict[str, float]:
+    """What of the dense model's FLOPs and parameters the cut leaves."""
+    assert task.example is not None  # `uses_example`
+    cut = _without(copy.deepcopy(task.model), masks)
+    shares = {name: of(cut, task.example) / of(task.model, task.example) for name, of in MEASURED.items()}
+    return {f"{name}_kept": round(share, 6) for name, share in shares.items()}
 
 
 def room(lists: list[Removable], floor: int) -> int:
