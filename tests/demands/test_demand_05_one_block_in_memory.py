@@ -62,7 +62,10 @@ def folder(tmp_path_factory):
     return home
 
 
-@pytest.mark.parametrize(("method", "spill", "matrices"), [("wanda", True, 0), ("sparsegpt", False, 3)])
+@pytest.mark.parametrize(
+    ("method", "spill", "matrices"),
+    [("wanda", True, 0), pytest.param("sparsegpt", False, 3, marks=pytest.mark.slow)],
+)
 def test_memory_stays_at_two_blocks_and_little_else(folder, tmp_path, method, spill, matrices):
     command = [sys.executable, "-c", RUN, str(folder), str(tmp_path / "out"), method, "1" if spill else "0"]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -28,13 +28,19 @@ BY_PROTOCOL = {
 }
 # during training; they need convolutions, in residual blocks or with batch norms
 CONVOLUTIONAL = ("consensus", "lapp", "network_slimming", "trp")
+# runs of the model tried, and a search's candidates
+FEW = {
+    "rd": ["resolution=3"],
+    "adapt_pruner": ["iterations=2"],
+    "tyr": ["iterations=1", "generations=2", "offspring=4"],
+}
 GRAPHS = {"metapruning"}  # convolutional too, and with a network of its own that a study makes
 
 
 @pytest.mark.parametrize("method", sorted({*BY_PROTOCOL[Protocol.PLAN]} - {"eep", "network_slimming"} - GRAPHS))
 def test_one_command_for_every_method(place, method):
     words = ["prune", "lm", "--method", method, "--sparsity", "0.5", "--minimum", "1", "--data", "text.txt"]
-    words += ["--set", "resolution=5"] if method == "rd" else []  # amounts tried per layer, each a run of the model
+    words += [word for setting in FEW.get(method, []) for word in ("--set", setting)]
     check_result(place / f"one-{method}", method, good(*words, "--out", f"one-{method}"))
 
 

@@ -19,6 +19,7 @@ SLOW = {
     "adapt_pruner",
     "eep",
     "fpgm",
+    "gblm",
     "hrank",
     "layer_lottery",
     "svd",
@@ -29,6 +30,7 @@ SLOW = {
     "random",
     "rd",
     "snip",
+    "tyr",
     "synflow",
 } | TRAINED  # these train networks
 FIELDS = {"quantity", "baseline", "random_control", "value", "interval", "threshold", "seeds", "passed"}

@@ -70,7 +70,7 @@ def plan_on(module: nn.Module, method: str, model: str, **budget: object) -> Pla
     rounds = "multiple" in METHODS[method].settings.model_fields
     settings: dict[str, object] = {"multiple": 1} if rounds else {}  # exact counts
     if "resolution" in METHODS[method].settings.model_fields:
-        settings["resolution"] = 5  # a forward pass for each layer and step
+        settings["resolution"] = 3  # a forward pass for each layer and step
     if "rounding" in METHODS[method].settings.model_fields:
         settings["rounding"] = "none"  # other kinds do not make up for it
     if "amplitude" in METHODS[method].settings.model_fields:

@@ -91,13 +91,15 @@ class Protocol(StrEnum):
 class Group(StrEnum):
     """Over what a method meets the sparsity: floor(sparsity * size) units of it go, exactly.
 
-    `COST`: the sparsity is a share of parameters, met as closely as whole units allow.
+    `COST`: the sparsity is a share of parameters, met as closely as whole units allow. `AIM`: learned or accepted
+    under a loss, so it is aimed at; what was reached is in the plan.
     """
 
     TOTAL = "total"
     SITE = "site"
     ROW = "row"
     COST = "cost"
+    AIM = "aim"
 
 
 @dataclass(frozen=True)

@@ -382,5 +382,5 @@ method = Method(
     settings=ConsensusSettings,
     parts=make_parts,
     units=UnitKind.BLOCK,
-    exact=Group.TOTAL,
+    exact=Group.AIM,
 )

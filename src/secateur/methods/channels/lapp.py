@@ -359,5 +359,5 @@ method = Method(
     settings=LappSettings,
     parts=make_parts,
     units=UnitKind.CHANNEL,
-    exact=Group.TOTAL,
+    exact=Group.AIM,
 )
