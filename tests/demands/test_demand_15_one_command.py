@@ -122,9 +122,7 @@ def check_result(out, method, done):
     assert all(line.startswith("warning: ") for line in done.err.splitlines() if not line.endswith(" s"))
     record = Record.load(out / "secateur" / "report.json")
     assert record.method.name == method
-    entry = sc.methods()[method]
-    by_loss = "stop_at_budget" in entry.settings.model_fields  # losses say how far it goes, at most to the budget
-    if entry.exact is not Group.COST and not by_loss:  # of parameters then, not of units
+    if sc.methods()[method].exact not in (Group.COST, Group.AIM):  # of parameters then, or not exactly
         assert record.budget.sparsity == pytest.approx(0.5)
     json.loads((out / "secateur" / "report.json").read_text())
     assert (out / "report.html").exists()
