@@ -97,11 +97,12 @@ def machine_facts() -> measure.MachineFacts:
 
 def hurry(monkeypatch) -> None:
     """Real measurements of the models, but short ones; what zeros bring on this machine is made up."""
-    from secateur.lab import prune
+    from secateur.lab import prune, train
 
     gc.freeze()  # or measuring memory would look through all imported modules each time
-    monkeypatch.setattr(prune, "measure_together", partial(measure.measure_together, seconds=0.01))
-    monkeypatch.setattr(prune, "probe_machine", lambda **ignored: machine_facts())
+    for job in (prune, train):
+        monkeypatch.setattr(job, "measure_together", partial(measure.measure_together, seconds=0.01))
+        monkeypatch.setattr(job, "probe_machine", lambda **ignored: machine_facts())
 
 
 class Setter:

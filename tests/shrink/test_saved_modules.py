@@ -10,7 +10,7 @@ from shrink_models import assert_same_bits, block_plan, fresh_python, listed_tow
 from torch import nn
 
 import secateur as sc
-from secateur.core.errors import ModelError, OutputError, UnknownNameError
+from secateur.core.errors import MissingExtraError, ModelError, OutputError, SettingsError, UnknownNameError
 from secateur.shrink.load import build, load_weights, resolve_factory
 
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
@@ -167,6 +167,26 @@ def test_factory_of_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     assert resolve_factory("mynet_of_this_test:make")().out_features == 3
+
+
+def test_arguments_behind_a_factory(tmp_path, monkeypatch):
+    source = (
+        "from torch import nn\ndef make(inputs, outputs=3, bias=True):\n    return nn.Linear(inputs, outputs, bias)\n"
+    )
+    (tmp_path / "net_with_arguments.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made = build("net_with_arguments:make?inputs=5&bias=false")
+    assert (made.in_features, made.out_features, made.bias) == (5, 3, None)
+    with pytest.raises(SettingsError, match="arguments are name=value&name=value, got 'inputs'"):
+        build("net_with_arguments:make?inputs")
+    with pytest.raises(ModelError, match=r"failed: TypeError: .*unexpected keyword argument 'depth'"):
+        build("net_with_arguments:make?inputs=2&depth=3")
+
+
+def test_timm_is_asked_for_by_the_name_of_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(MissingExtraError, match=r"secateur\[timm\]"):
+        build("timm:resnet18")
 
 
 # --- weight files for factories -----------------------------------------------------------------------

@@ -20,7 +20,7 @@ app = typer.Typer(
 zoo_app = typer.Typer(no_args_is_help=True, help="Small trained models that are shipped with the library.")
 app.add_typer(zoo_app, name="zoo")
 
-MODEL_HELP = "zoo:NAME, a Hugging Face folder, a hub id, or module.path:factory with --weights"
+MODEL_HELP = "zoo:NAME, a Hugging Face folder, a hub id, or timm:NAME or module.path:factory with --weights"
 DATA_HELP = (
     "zoo:NAME, a .txt/.jsonl/.parquet file (rows of text or conversations), an image folder, or a hub id; options as "
     "file?limit=2000&chat=1, and text?generated=8: calibrate on what the model writes after 8 tokens"

@@ -1,4 +1,4 @@
-"""MODEL: a zoo name, a local folder, `module.path:factory`, or a hub id."""
+"""MODEL: a zoo name, a local folder, `module.path:factory`, `timm:NAME`, or a hub id."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def open_model(
     """The model that a MODEL argument names.
 
     Args:
-        name: `zoo:digits-resnet`, a folder, `module.path:factory`, or `owner/name` on the hub.
+        name: `zoo:digits-resnet`, a folder, `module.path:factory`, `timm:resnet18`, or `owner/name` on the hub;
+            arguments of a factory and of timm stand behind it: `timm:resnet18?num_classes=10`.
         weights: a safetensors file for a factory.
         device: where to put it.
         dtype: convert to this; default: as stored.

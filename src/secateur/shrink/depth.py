@@ -16,6 +16,7 @@ from secateur.core.units import UnitKind
 
 INDEX = re.compile(r"layer_(idx|id|index|number)$")
 COUNT = re.compile(r"^(num_|n_)?(encoder_|decoder_)?(hidden_)?layers?$")
+DEPTHS = "depths"  # of networks in stages (ResNet, ConvNeXt): blocks in each
 PER_LAYER = re.compile(r"layer")
 
 Undo = Callable[[], None]
@@ -25,8 +26,8 @@ def remove_blocks_(model: nn.Module, stack: str, keep: Sequence[bool]) -> Undo:
     """Take the blocks with `keep[i] == False` out of the module list named `stack`, in place.
 
     Layer indices inside the kept blocks (key/value cache slots) are renumbered; the owning
-    transformers config, where there is one, gets the new number of layers and its per-layer lists
-    (attention kinds and the like) lose the same entries.
+    transformers config, where there is one, gets the new number of layers, or of blocks in that stage, and its
+    per-layer lists (attention kinds and the like) lose the same entries.
 
     Returns:
         A function that puts everything back.
@@ -100,6 +101,10 @@ def _changes_in(config: Any, stack: str, keep: Sequence[bool]) -> Iterator[tuple
     neutral = [name for name in counts if "encoder" not in name and "decoder" not in name]
     for name in own or neutral:
         yield config, name, sum(keep)
+    stage = next((int(part) for part in reversed(stack.split(".")) if part.isdecimal()), -1)
+    depths = list(fields.get(DEPTHS) or [])
+    if stage >= 0 and depths[stage : stage + 1] == [len(keep)]:
+        yield config, DEPTHS, [*depths[:stage], sum(keep), *depths[stage + 1 :]]
     for name, value in fields.items():
         if PER_LAYER.search(name) and isinstance(value, (list, tuple)) and len(value) == len(keep):
             yield config, name, type(value)(item for item, stays in zip(value, keep, strict=True) if stays)

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from secateur.core.errors import ModelError, PlanError, SecateurError
+from secateur.core.errors import (
+    MissingExtraError,
+    ModelError,
+    PlanError,
+    SecateurError,
+    SettingsError,
+    UnknownNameError,
+)
 from secateur.core.imports import imported
 from secateur.shrink.additions import attach
 from secateur.shrink.biases import add_biases_
@@ -20,6 +29,7 @@ from secateur.shrink.depth import remove_blocks_
 from secateur.shrink.folder import BUFFERS, CARD, CONFIG, OWN, WEIGHTS, check_weights, quiet_transformers, read_config
 
 TRUSTED = "secateur.zoo."
+TIMM = "timm:"
 
 
 def load(folder: str | Path, factory: Callable[[], nn.Module] | None = None, trust_factory: bool = False) -> nn.Module:
@@ -321,5 +331,33 @@ def _built(factory: Callable[[], nn.Module], name: str) -> nn.Module:
 
 
 def resolve_factory(path: str) -> Callable[[], nn.Module]:
-    """The callable that `module.path:name` names; see `core.imports.imported`."""
-    return imported(path)
+    """The callable that `module.path:name` or `timm:NAME` names; arguments stand behind it, `?num_classes=10&depth=3`.
+
+    Raises:
+        ModelError, UnknownNameError: see `core.imports.imported`; timm has no such network.
+        MissingExtraError: timm is not installed.
+        SettingsError: an argument without a value.
+    """
+    place, _, words = path.partition("?")
+    given = dict(_argument(word, path) for word in words.split("&") if word)
+    return partial(_timm_network(place.removeprefix(TIMM)) if place.startswith(TIMM) else imported(place), **given)
+
+
+def _argument(word: str, path: str) -> tuple[str, Any]:
+    name, equals, text = word.partition("=")
+    if not equals:
+        raise SettingsError(f"'{path}': arguments are name=value&name=value, got '{word}'")
+    try:
+        return name, yaml.safe_load(text)
+    except yaml.YAMLError:
+        return name, text
+
+
+def _timm_network(name: str) -> Callable[..., nn.Module]:
+    try:
+        import timm
+    except ImportError:
+        raise MissingExtraError("timm", "timm", f"'{TIMM}{name}'") from None
+    if not timm.is_model(name):
+        raise UnknownNameError("timm network", name, timm.list_models())
+    return partial(timm.create_model, name)

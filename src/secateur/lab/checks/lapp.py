@@ -266,7 +266,7 @@ def run(seed: int, progress: Progress) -> Mapping[str, Sample]:
         "spread": Sample(*(one.spread for one in (ours, even, random))),
         "dense": Sample(*(one.points - full for one in (ours, bare, random))),
         "uniform": Sample(*(one.points - even.points for one in (ours, bare, random))),
-        "bare": Sample(*(one.points - bare.points for one in (ours, even, random))),
+        "bare": Sample(ours.points - bare.points, 0.0, random.points - bare.points),
         "compact": Sample(gap, torn, torn),
     }
 
