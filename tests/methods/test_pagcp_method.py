@@ -272,7 +272,7 @@ def test_only_the_cheapest_share_is_pruned():
 
 def test_a_unit_that_nothing_limits():
     def careless(out, batch):  # of the convolution that only the kind reads
-        return {"mask": losses(out, batch)["mask"]}
+        return {"mask": losses(out, batch)["mask"].detach()}  # with gradients it would be refused: a task has no loss
 
     ours, released = one_pass(losses=careless), one_pass(losses=careless, reference=True)
     mine = {one.visit.place: one.removed for one in ours.pruned()}
@@ -331,7 +331,7 @@ def test_losses_that_cannot_be_compared_are_refused():
     dense = copy.deepcopy(MODEL)
 
     def gap(out, batch):
-        return {"gap": 1e-6 + (out["mask"] - dense(*batch.args)["mask"]).square().mean()}
+        return {"gap": 1e-6 + (out["mask"] - dense(*batch.args)["mask"]).square().mean().detach()}
 
     with pytest.raises(BudgetError, match=r"can remove nothing.*multiplies a loss by .*'gap'"):
         planned(losses=gap, exclude=["down"])
@@ -464,3 +464,34 @@ def test_tolerances_may_grow_with_the_rounds():
     found = study(budget=0.01, tolerance=0.02, total_tolerance=1.03, rounds=2, tolerance_slope=0.3, total_slope=1.0)
     first, second = ([unit["tolerance"] for unit in row["units"].values()] for row in found.rows)
     assert max(first) < 0.1 < max(second)
+
+
+@pytest.mark.parametrize("several", [dict, lambda out: tuple(out.values())])
+def test_a_task_without_a_loss_is_refused_by_name(several):
+    class Answering(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside = Segmenter()
+
+        def forward(self, x):
+            return several(self.inside(x))
+
+    def one_loss(out, batch):
+        first = out["kind"] if isinstance(out, dict) else out[0]
+        return {"kind": F.cross_entropy(first, batch.targets["kind"])}
+
+    with pytest.raises(SettingsError, match=r"'inside.mask' of Answering is of a task without a loss.*for every task"):
+        sc.plan(Answering(), "pagcp", budget=ALL, data=HELD_OUT, losses=one_loss, **FREE)
+
+
+def test_an_output_of_several_tasks_needs_named_losses():
+    with pytest.raises(SettingsError, match="returns kind, mask, and no loss was named for them; give losses="):
+        sc.plan(MODEL, "pagcp", budget=ALL, data=HELD_OUT, **FREE)
+
+
+def test_losses_without_gradients_are_taken_as_they_are():
+    def counted(out, batch):
+        return {name: value.detach() for name, value in losses(out, batch).items()}
+
+    one, two = (sc.plan(MODEL, "pagcp", budget=ALL, data=HELD_OUT, losses=way, **FREE) for way in (losses, counted))
+    assert all(torch.equal(two.masks[site], mask) for site, mask in one.masks.items())

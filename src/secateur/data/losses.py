@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import isnan
 from typing import Any
 
@@ -20,7 +20,16 @@ TaskLosses = Callable[[Any, Batch], Mapping[str, Tensor]]
 
 
 def cross_entropy(output: Any, batch: Batch) -> dict[str, Tensor]:
-    """One task: mean cross entropy of the labels, or of the next tokens."""
+    """One task: mean cross entropy of the labels, or of the next tokens.
+
+    Raises:
+        SettingsError: the output is a mapping of several, and which has what loss was not said.
+    """
+    if isinstance(output, dict) and not hasattr(output, "logits"):
+        raise SettingsError(
+            f"the model returns {', '.join(map(str, output))}, and no loss was named for them; give "
+            "losses=module.path:function, which returns a loss for each by name"
+        )
     return {"loss": loss_of(logits_of(output), batch)}
 
 
@@ -80,6 +89,46 @@ def _values(losses: TaskLosses, output: Any, batch: Batch) -> dict[str, float]:
         if torch.as_tensor(value).numel() != 1:
             raise SettingsError(f"loss '{name}' is {list(value.shape)}; it must be a scalar, the mean over the batch")
     return {str(name): float(value) for name, value in found.items()}
+
+
+def refuse_heads_without_loss(model: nn.Module, batch: Batch, losses: TaskLosses) -> None:
+    """Parameters that matter to an output and to no loss are of a task that nothing would protect.
+
+    Nothing is said of losses that cannot be differentiated.
+
+    Raises:
+        SettingsError: there are such parameters; names their module.
+    """
+    moved = batch.to(device_of(model))
+    with torch.enable_grad():
+        output = run(model, moved)
+        judged = [value for value in losses(output, moved).values() if torch.as_tensor(value).requires_grad]
+        results = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+        given = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not judged or not results or not given:
+            return
+        of_losses = torch.autograd.grad(
+            torch.stack(judged).sum(), [*given.values()], retain_graph=True, allow_unused=True
+        )
+        total = torch.stack([tensor.sum().float() for tensor in results]).sum()
+        of_outputs = torch.autograd.grad(total, [*given.values()], allow_unused=True)
+    for name, loss, result in zip(given, of_losses, of_outputs, strict=True):
+        if loss is None and result is not None:
+            raise SettingsError(
+                f"'{name.rpartition('.')[0] or name}' of {type(model).__name__} is of a task without a loss: it makes "
+                f"an output that {name_of(losses)} does not look at, so whatever only that task needs would go; give "
+                "losses=module.path:function with a loss for every task"
+            )
+
+
+def _tensors(item: Any) -> Iterator[Tensor]:
+    if isinstance(item, Tensor):
+        yield item
+    elif isinstance(item, Mapping):
+        yield from _tensors(tuple(item.values()))
+    elif isinstance(item, (list, tuple)):
+        for one in item:
+            yield from _tensors(one)
 
 
 def refuse_unusable(losses: Mapping[str, float]) -> None:

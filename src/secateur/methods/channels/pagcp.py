@@ -35,7 +35,7 @@ from secateur.core.budget import Budget, Quantity
 from secateur.core.errors import BudgetError, DataError
 from secateur.core.method import Decision, Group, Method, Protocol, Task
 from secateur.core.units import UnitKind
-from secateur.data.losses import TaskLosses, losses_from, name_of, refuse_unusable
+from secateur.data.losses import TaskLosses, losses_from, name_of, refuse_heads_without_loss, refuse_unusable
 from secateur.search.greedy import Guard, Taken, Visit, Watch, scan_greedily
 from secateur.shrink.in_order import InOrder
 from secateur.shrink.interleave import Interleaved, Shrunk
@@ -126,6 +126,7 @@ class Pass:
 
     Raises:
         DataError: no data, or a loss that is not positive.
+        SettingsError: a task without a loss.
         ModelError: no unit that may be cut.
     """
 
@@ -139,6 +140,7 @@ class Pass:
         self.settings, self.progress, self.warnings = settings, task.progress, list[str]()
         self.before = self.trying.measured({})
         refuse_unusable(self.before)
+        refuse_heads_without_loss(task.model, task.batches[0], losses)
 
     @cached_property
     def factor(self) -> float:
