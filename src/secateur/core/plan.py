@@ -76,8 +76,8 @@ class Plan:
         facts: per-site figures of the method, e.g. the solver's error.
         example: what the inputs looked like that the structure was found with, for structured units.
         attributes: module attributes that were changed when structured units were cut, for the loader.
-        additions: norms and shortcuts that the model gets (`shrink.shortcuts`); `weights` then hold every
-            parameter that changes at its new size, and nothing is cut by the masks.
+        additions: modules that the model gets: shortcuts, factors, by-passes (`shrink.additions`); `weights` then hold
+            every parameter that changes at its new size, and nothing is cut by the masks.
     """
 
     sites: dict[str, Site]
@@ -155,7 +155,8 @@ class Plan:
         """
         if self.additions or other.additions:
             raise PlanError(
-                "a plan that rotates the residual stream goes with no other; apply it, then plan on the result"
+                "a plan that puts modules into a model (shortcuts, factorised layers, by-passes) goes with no other; apply "
+                "it, then plan on the result"
             )
         both = self.weights.keys() & other.weights.keys()
         if both:

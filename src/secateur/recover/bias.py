@@ -75,7 +75,10 @@ def compensate(plan: Plan, model: nn.Module, data: Any, progress: Progress | Non
     if any(FACT in facts for facts in plan.facts.values()):
         raise PlanError("this plan makes up for the mean of what it removes already; use it as it is")
     if plan.additions:
-        raise PlanError("this plan gives layers new shapes; the mean of a rotated stream is not made up for")
+        raise PlanError(
+            "this plan puts modules into the model (shortcuts, factorised layers, by-passes), and means are not made up "
+            "for through these"
+        )
     found = compensation(model, plan, as_batches(data), progress or Silent())
     warnings = plan.warnings
     if found.left:
