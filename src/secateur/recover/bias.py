@@ -76,7 +76,7 @@ def compensate(plan: Plan, model: nn.Module, data: Any, progress: Progress | Non
         raise PlanError("this plan makes up for the mean of what it removes already; use it as it is")
     if plan.additions:
         raise PlanError(
-            "this plan puts modules into the model (shortcuts, factorised layers, by-passes), and means are not made up "
+            "this plan adds modules to the model (shortcuts, factorised layers, by-passes); means are not made up "
             "for through these"
         )
     found = compensation(model, plan, as_batches(data), progress or Silent())
