@@ -155,7 +155,7 @@ class Plan:
         """
         if self.additions or other.additions:
             raise PlanError(
-                "a plan that adds modules to a model (shortcuts, factorised layers, by-passes) goes with no other; apply "
+                "a plan that adds modules to a model (shortcuts, factors, by-passes) goes with no other; apply "
                 "it, then plan on the result"
             )
         both = self.weights.keys() & other.weights.keys()
