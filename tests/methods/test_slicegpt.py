@@ -308,7 +308,7 @@ def test_plans_that_rotate_stand_alone():
     model = make("Llama")
     plan = sc.plan(model, "slicegpt", 0.25, data=data())
     other = sc.plan(model, "wanda", 0.5, data=data())
-    with pytest.raises(PlanError, match="adds modules to a model .*goes with no other"):
+    with pytest.raises(PlanError, match=r"adds modules to a model .*goes with no other"):
         _ = plan & other
     with pytest.raises(PlanError, match="adds modules to the model"):
         compensate(plan, model, data())
