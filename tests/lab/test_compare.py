@@ -6,7 +6,7 @@ import yaml
 from typer.testing import CliRunner
 
 from secateur.cli.app import app
-from secateur.core.errors import ModelError, SettingsError, UnknownNameError
+from secateur.core.errors import DataError, ModelError, SettingsError, UnknownNameError
 from secateur.core.progress import Silent
 from secateur.lab import compare as lab
 from secateur.lab.checks._beside import Figure, Ground, Rival, Runs, beside
@@ -190,10 +190,11 @@ def test_shipped_comparisons_are_found_by_name_and_variables_looked_up(tmp_path,
     assert {"llama-5m-english", "resnet56-cifar10", "resnet20-cifar10"} <= set(lab.known_comparisons())
     found = read_comparison(Path("resnet56-cifar10"))
     assert found.data.startswith("$SECATEUR_DATA/cifar10?")  # as it is said, not as it is on this machine
+    (tmp_path / "cifar10").mkdir()
     monkeypatch.setenv("SECATEUR_DATA", str(tmp_path))
-    assert lab.located(found.data).startswith(f"{tmp_path}/cifar10?")
+    assert lab.located(found.data).startswith(f"{tmp_path}/cifar10?limit=3000&mean")
     monkeypatch.delenv("SECATEUR_DATA")
-    with pytest.raises(SettingsError, match="names an environment variable that is not set"):
+    with pytest.raises(DataError, match="SECATEUR_DATA='' names no folder with 'cifar10' inside"):
         lab.located(found.data)
     with pytest.raises(SettingsError, match="no file 'resnet57', and no comparison of that name: llama"):
         read_comparison(Path("resnet57"))

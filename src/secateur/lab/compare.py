@@ -1,6 +1,6 @@
 """Many methods on one model: same calibration data, same budgets, several seeds, one table; resumable.
 
-A comparison is a YAML file, or the name of one in `lab/comparisons`; $VARIABLES in its model and data are looked up:
+A comparison is a YAML file, or the name of one in `lab/comparisons`; model and data may begin with a $VARIABLE:
 
     model: ./my-llama
     data: wikitext2/?length=256&limit=120
@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +39,7 @@ from secateur.core.progress import Progress, Silent, track
 from secateur.data.dataset import Dataset, Splits
 from secateur.io.data import open_data, split_generated
 from secateur.io.models import OpenedModel, open_model
+from secateur.lab.reproduce import folder_of
 from secateur.measure import interval, nonzeros, parameters, quality, quality_interval
 from secateur.measure.decoding import can_generate, decoding
 from secateur.measure.flops import flops
@@ -121,17 +121,16 @@ def read_comparison(file: Path) -> Comparison:
 
 
 def located(text: str) -> str:
-    """A path with its environment variables put in.
+    """A path with the folder in place of its variable: `$SECATEUR_DATA/wikitext2?length=256`.
 
     Raises:
-        SettingsError: one is not set.
+        DataError: the variable names no folder with such a thing.
     """
-    found = os.path.expandvars(text)
-    if "$" in found:
-        raise SettingsError(
-            f"'{text}' names an environment variable that is not set; set it to the folder that is meant"
-        )
-    return found
+    if not text.startswith("$"):
+        return text
+    variable, _, rest = text[1:].partition("/")
+    name, mark, options = rest.partition("?")
+    return f"{folder_of(variable, name)}{mark}{options}"
 
 
 class Result(BaseModel):
@@ -204,8 +203,9 @@ class Bench:
 
     def __init__(self, asked: Comparison, ledger: Ledger, progress: Progress):
         self.asked, self.ledger, self.progress = asked, ledger, progress
-        self.source, self.data = located(asked.model), located(asked.data)
+        self.source = located(asked.model)
         self.opened: OpenedModel = open_model(self.source, dtype=asked.dtype)
+        self.data = located(asked.data)
         self._splits: dict[int, Splits] = {}
 
     def splits(self, seed: int) -> Splits:
