@@ -18,6 +18,7 @@ from secateur.lab.train import TrainJob, prepare
 from secateur.measure.flops import flops
 from secateur.methods.channels.lapp import Lapp, LappSettings
 from secateur.shrink.additions import additions_of
+from secateur.shrink.branches import find_branches
 from secateur.shrink.bypass import Bypass
 
 FLOPS = Quantity.FLOPS
@@ -350,7 +351,10 @@ def test_a_sparsity_counts_filters():
 # --- the compact network -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("own", [{}, {"kernel": "pointwise"}, {"normed": False}, {"idle": False, "rate": 20.0}])
+OWN = [{}, {"kernel": "pointwise"}, {"normed": False}, {"idle": False, "rate": 20.0}]
+
+
+@pytest.mark.parametrize("own", [one | {"merge": merge} for one in OWN for merge in (False, True)])
 def test_the_compact_network_is_the_masked_one_and_really_smaller(own):
     model, _, run = trained(0.6, **own)
     x, part = batch(50)[0], part_of(run)
@@ -366,6 +370,44 @@ def test_the_compact_network_is_the_masked_one_and_really_smaller(own):
     with torch.no_grad():
         model.norms[1].bypass.conv.weight.zero_()
     assert not torch.allclose(model(x), masked, atol=1e-3)
+
+
+def test_merged_by_passes_are_counted_where_they_still_run():
+    """Layers that lost nothing are plain again, and the same budget leaves more filters."""
+    model, optimizer, run = attached(0.9, steps=6, rate=1e-6, phase=1.0, merge=True)
+    part = part_of(run)
+    part.thresholds["convs.1"].value.data.fill_(-99)
+    assert part.costs.total(part.costs.filters) == pytest.approx(part.costs.original)
+    share = part.costs.share({name: torch.ones(count) for name, count in part.costs.filters.items()})
+    assert float(share) == pytest.approx(1)
+    advance(model.train(), optimizer, run, 0, 6)
+    x, model = batch(50)[0], model.eval()
+    masked = model(x).detach()
+    plan = run.finish()
+    assert plan.kept("convs.1:filter") == 12
+    assert "convs.1" not in {one["conv"] for one in plan.additions}
+    assert plan.facts["convs.1:filter"]["bypass"] == 0
+    sc.apply_(model, plan)
+    torch.testing.assert_close(model(x), masked, rtol=0, atol=1e-5)
+    assert not hasattr(model.norms[1], "bypass")
+    assert cost(model) == pytest.approx(part.costs.total(part.counts) / part.costs.original)
+    kept = [len(gate) - int(gate.sum()) for gate in part.gates().values()]
+    beside = [model.norms[int(name[-1])].bypass.conv.out_channels for name in PRUNED[1:]]
+    assert beside == kept[1:]
+
+
+def test_a_pointwise_by_pass_has_no_place_in_an_even_kernel():
+    def even(padding):
+        model = net()
+        model.convs[1] = nn.Conv2d(8, 12, 2, padding=padding, dilation=2)
+        return model
+
+    settings = LappSettings(kernel="pointwise", merge=True)
+    found, left = find_branches(even(1), Batch((EXAMPLE,)), lambda name: True, settings)
+    assert "convs.1" not in {one.conv for one in found}
+    assert "even kernel" in left["convs.1"]
+    found, _ = find_branches(even(1), Batch((EXAMPLE,)), lambda name: True, LappSettings(kernel="pointwise"))
+    assert "convs.1" in {one.conv for one in found}
 
 
 def test_layers_that_lost_nothing_stay_as_they_are():
@@ -400,8 +442,9 @@ def test_the_plan_says_what_was_kept_and_what_by_passes_cost():
     json.dumps(plan.document())
 
 
-def test_plans_and_models_reload_and_a_mask_can_be_taken_off_again(tmp_path):
-    model, _, run = trained(0.6)
+@pytest.mark.parametrize("merge", [False, True])
+def test_plans_and_models_reload_and_a_mask_can_be_taken_off_again(tmp_path, merge):
+    model, _, run = trained(0.6, merge=merge)
     x = batch(50)[0]
     masked = model(x).detach()
     run.finish().save(tmp_path / "plan")
@@ -418,6 +461,31 @@ def test_plans_and_models_reload_and_a_mask_can_be_taken_off_again(tmp_path):
     assert again.convs[3].weight.shape == model.convs[3].weight.shape
     again.train()(x).sum().backward()
     assert again.norms[1].bypass.conv.weight.grad is not None
+
+
+def test_kept_filters_can_be_pruned_again_and_go_with_their_places(tmp_path):
+    model, _, run = trained(0.6)
+    x, first = batch(50)[0], run.finish()
+    sc.apply_(model, first)
+    sc.save(model, tmp_path / "first", first, probe=Batch((x,)), verify=False)
+    before = [one["kept"] for one in additions_of(model)]
+    plan = sc.plan(model, "channel_norm", 0.3, example=Batch((x,)))
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        for name in ("convs.3", "convs.4"):
+            gone = ~plan.masks[f"{name}:channel"]
+            masked.norms[int(name[-1])].weight[gone] = masked.norms[int(name[-1])].bias[gone] = 0
+    sc.apply_(model, plan)
+    torch.testing.assert_close(model(x), masked(x), rtol=0, atol=1e-6)
+    after = [one["kept"] for one in additions_of(model)]
+    assert before[:2] == after[:2]
+    for old, new, name in zip(before[2:], after[2:], PRUNED[2:], strict=True):
+        assert new == [old[i] for i in plan.masks[f"{name}:channel"].nonzero().flatten().tolist()]
+        assert len(new) < len(old)
+    sc.save(model, tmp_path / "again", plan, source=tmp_path / "first", probe=Batch((x,)), verify=False)
+    loaded = sc.load(tmp_path / "again", factory=Net).eval()
+    torch.testing.assert_close(loaded(x), model(x))
+    assert [one["kept"] for one in additions_of(loaded)] == after
 
 
 # --- running it ------------------------------------------------------------------------------------------------

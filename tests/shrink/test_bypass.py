@@ -13,7 +13,9 @@ from secateur.core.plan import Plan
 from secateur.core.units import Site, UnitKind
 from secateur.shrink.additions import additions_of, attach
 from secateur.shrink.apply import apply_
+from secateur.shrink.branches import Branch
 from secateur.shrink.bypass import Bypass, hang, make_bypass
+from secateur.shrink.fuse import merged
 
 INPUTS, FILTERS = 4, 6
 
@@ -31,8 +33,8 @@ class Tower(nn.Module):
         return self.act(self.norm(self.conv(x)))
 
 
-def addition(kept=None, kernel=(3, 3), groups=2, normed=True):
-    own = {"kernel": list(kernel), "groups": groups, "normed": normed, "kept": kept}
+def addition(kept=None, kernel=(3, 3), groups=2, normed=True, merged=False):
+    own = {"kernel": list(kernel), "groups": groups, "normed": normed, "kept": kept, "merged": merged}
     return {"kind": "bypass", "conv": "conv", "norm": "norm", **own}
 
 
@@ -45,8 +47,10 @@ def fill(model, seed=0):
     return model
 
 
-def built(kept=None, geometry=None, **own):
+def built(kept=None, geometry=None, affine=True, **own):
     model = Tower(**(geometry or {}))
+    if not affine:
+        model.norm.weight = model.norm.bias = None
     attach(model, [addition(kept, **own)])
     return fill(model).eval()
 
@@ -133,6 +137,65 @@ def test_cut_is_masked(train):
     torch.testing.assert_close(narrow.norm.bypass.norm.running_var, masked.norm.bypass.norm.running_var)
 
 
+def merged_tower(kept, geometry, groups=2, affine=True, kernel=(3, 3), normed=True):
+    """The same network twice: full with its branch, and with the branch in the kept filters."""
+    full = built(geometry=geometry, affine=affine, groups=groups, kernel=kernel, normed=normed)
+    branch = full.norm.bypass
+    one = Branch("conv", "norm", FILTERS, kernel, groups, normed, cost=0.1, merge=True)
+    keep = torch.zeros(FILTERS, dtype=torch.bool)
+    keep[kept] = True
+    branch.mask = lambda conv, norm: keep
+    narrow = Tower(**geometry)
+    if not affine:
+        narrow.norm.weight = narrow.norm.bias = None
+    if len(kept) < FILTERS:
+        attach(narrow, [one.addition(kept)])
+    values = one.weights(full, branch, keep)
+    for name, tensor in dict(narrow.named_parameters()).items() | dict(narrow.named_buffers()).items():
+        if tensor.is_floating_point():
+            assert tensor.dim() == values[name].dim()
+            tensor.data = values.pop(name)
+    assert set(values) <= {"norm.bypass.norm.num_batches_tracked"}
+    return full, narrow.eval()
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("kept", [[1, 4, 5], [0], [0, 1, 2, 3, 4, 5]])
+@pytest.mark.parametrize("groups", [2, 1])
+def test_a_merged_branch_computes_the_same_without_running_beside_kept_filters(geometry, kept, groups):
+    full, narrow = merged_tower(kept, geometry, groups)
+    torch.testing.assert_close(narrow(inputs()), full(inputs()), rtol=1e-5, atol=1e-5)
+    if len(kept) < FILTERS:
+        branch = narrow.norm.bypass.conv
+        assert branch.weight.shape == (FILTERS - len(kept), INPUTS // groups, 3, 3)
+    else:
+        assert not hasattr(narrow.norm, "bypass")
+
+
+@pytest.mark.parametrize("own", [{"kernel": (1, 1)}, {"normed": False}, {"affine": False}])
+def test_branches_of_all_kinds_merge(own):
+    full, narrow = merged_tower([0, 3, 4], {"dilation": 2, "padding": 2}, **own)
+    torch.testing.assert_close(narrow(inputs()), full(inputs()), rtol=1e-5, atol=1e-5)
+    assert (narrow.norm.weight is None) is ("affine" in own)
+
+
+def test_the_norm_of_merged_filters_has_the_statistics_of_what_they_make():
+    """The means exactly, the variances but for what the two branches have in common."""
+    rng = torch.Generator().manual_seed(1)
+    model, x = built(groups=2), torch.randn(400, INPUTS, 7, 7, generator=rng)
+    for name in ("norm", "norm.bypass.norm"):
+        norm = model.get_submodule(name)
+        norm.momentum = None  # an average over all batches
+        norm.reset_running_stats()
+    model.train()(x)
+    model.eval()
+    conv, norm = merged(model.conv, model.norm, model.norm.bypass)
+    made = F.conv2d(x.double(), conv["weight"], conv["bias"], padding=1)
+    torch.testing.assert_close(norm["running_mean"], made.mean((0, 2, 3)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(norm["running_var"], made.var((0, 2, 3)), rtol=0.5, atol=0)
+    assert not torch.allclose(norm["running_var"], model.norm.running_var.double(), rtol=0.5)
+
+
 def test_a_branch_beside_the_model_is_no_part_of_it_and_follows_its_mode():
     model, x = fill(Tower()), inputs()
     names = model.state_dict().keys()
@@ -175,10 +238,10 @@ def test_copies_have_branches_of_their_own():
 
 
 def test_a_model_knows_its_branches_and_a_fresh_one_gets_them_back():
-    for kept in (None, [0, 5]):
-        model = nn.Sequential(built(kept, normed=kept is None))
+    for kept, merge in ((None, False), ([0, 5], False), ([0, 5], True)):
+        model = nn.Sequential(built(kept, normed=kept is None, merged=merge))
         (found,) = additions_of(model)
-        assert found == {**addition(kept, normed=kept is None), "conv": "0.conv", "norm": "0.norm"}
+        assert found == {**addition(kept, normed=kept is None, merged=merge), "conv": "0.conv", "norm": "0.norm"}
         assert ("0.norm.bypass.places" in model.state_dict()) == (kept is not None)
         fresh = nn.Sequential(Tower())
         attach(fresh, [found])

@@ -23,7 +23,7 @@ from secateur.core.select import keep_global, keep_top
 from secateur.core.units import Occurrence, Site, UnitKind
 from secateur.shrink.bypass import NAME, Bypass
 from secateur.shrink.cut import tensors_of
-from secateur.shrink.fuse import feeding, obstacle
+from secateur.shrink.fuse import feeding, merged, obstacle
 from secateur.structure.filter_costs import FilterCosts, flops_by_module
 
 FILTERS = COUNTED - {Quantity.PARAMETERS}  # budgets that count filters
@@ -52,6 +52,11 @@ class BranchSettings(Settings):
     )
     normed: bool = Field(True, description="a batch norm of its own in the by-pass")
     first: bool = Field(False, description="prune the network's first convolution too")
+    merge: bool = Field(
+        False,
+        description="in the end put by-passes into the filters that stay (their norms' statistics are fixed by that), "
+        "so that they run for filters that went only",
+    )
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class Branch:
         filters: of the convolution.
         kernel, groups, normed: of the by-pass.
         cost: FLOPs of the by-pass in shares of the convolution's.
+        merge: whether it goes into the filters that stay.
     """
 
     conv: str
@@ -72,11 +78,13 @@ class Branch:
     groups: int
     normed: bool
     cost: float
+    merge: bool = False
 
     def addition(self, kept: list[int] | None = None) -> dict[str, Any]:
-        """As plans list it."""
+        """As plans list it; as it hangs beside all filters, with `kept` None."""
         geometry = {"kernel": list(self.kernel), "groups": self.groups, "normed": self.normed}
-        return {"kind": "bypass", "conv": self.conv, "norm": self.norm, **geometry, "kept": kept}
+        own = {"kept": kept, "merged": self.merge and kept is not None}
+        return {"kind": "bypass", "conv": self.conv, "norm": self.norm, **geometry, **own}
 
     def site(self, model: nn.Module) -> Site:
         """The filters: what is cut with one of them."""
@@ -87,16 +95,28 @@ class Branch:
         return Site(f"{self.conv}:filter", UnitKind.CHANNEL, (self.filters,), cost=cost, occurrences=places)
 
     def weights(self, model: nn.Module, bypass: Bypass, keep: Tensor) -> dict[str, Tensor]:
-        """Values of everything that changes when the other filters go: narrow tensors, and the by-pass."""
-        places = keep.nonzero().flatten()
-        values = {f"{self.norm}.{NAME}.{name}": value.detach().clone() for name, value in branch_state(bypass).items()}
-        if bool(keep.all()):
-            return values
+        """Values of everything that changes when the other filters go: narrow tensors, and the by-pass.
+
+        A merged by-pass keeps the rows of the filters that go and is in the weights of the others.
+        """
+        whole = bool(keep.all())
+        beside = branch_state(bypass)
         tensors = tensors_of(model)
-        for place in self.site(model).occurrences:
-            tensor = tensors[place.parameter].detach()
-            values[place.parameter] = tensor.index_select(0, places.to(tensor.device))
-        return values
+        own = {place.parameter: tensors[place.parameter].detach() for place in self.site(model).occurrences}
+        if self.merge:
+            conv, norm = merged(model.get_submodule(self.conv), model.get_submodule(self.norm), bypass)
+            values = {f"{self.conv}.{name}": value for name, value in conv.items()}
+            values |= {f"{self.norm}.{name}": value for name, value in norm.items()}
+            own = {name: values[name].to(tensor) for name, tensor in own.items()}
+            beside = {} if whole else {name: _rows(value, ~keep) for name, value in beside.items()}
+        values = {f"{self.norm}.{NAME}.{name}": value.detach().clone() for name, value in beside.items()}
+        if whole and not self.merge:
+            return values
+        return values | {name: _rows(value, keep) for name, value in own.items()}
+
+
+def _rows(value: Tensor, keep: Tensor) -> Tensor:
+    return value.index_select(0, keep.nonzero().flatten().to(value.device)) if value.dim() else value
 
 
 def branch_state(bypass: Bypass) -> dict[str, Tensor]:
@@ -117,7 +137,9 @@ def branch_of(name: str, norm: str, conv: nn.Conv2d, settings: BranchSettings) -
         return f"{widths}, so a by-pass would cost as much"
     if kernel != own and not _keeps_size(conv):
         return "its padding changes the size, which no 1 x 1 by-pass does"
-    return Branch(name, norm, conv.out_channels, kernel, groups, settings.normed, cost)
+    if settings.merge and kernel != own and not all(size % 2 for size in own):
+        return "a 1 x 1 by-pass has no place in an even kernel (merge=false keeps it beside)"
+    return Branch(name, norm, conv.out_channels, kernel, groups, settings.normed, cost, settings.merge)
 
 
 def _keeps_size(conv: nn.Conv2d) -> bool:
@@ -175,17 +197,16 @@ def costs_of(model: nn.Module, batch: Batch, branches: list[Branch], budget: Bud
     Raises:
         BudgetError: it counts something else.
     """
-    filters = {one.conv: one.filters for one in branches}
+    filters, merge = {one.conv: one.filters for one in branches}, branches[0].merge
     if budget.quantity is Quantity.FLOPS:
         flops = flops_by_module(model, batch)
         per = {name: flops[name] / count for name, count in filters.items()}
-        return FilterCosts(
-            sum(flops.values()), filters, per, {one.conv: one.cost * flops[one.conv] for one in branches}
-        )
+        beside = {one.conv: one.cost * flops[one.conv] for one in branches}
+        return FilterCosts(sum(flops.values()), filters, per, beside, merge)
     if budget.quantity is Quantity.PARAMETERS:
         per = {one.conv: float(one.site(model).parameters) / one.filters for one in branches}
         added = {one.conv: _parameters(model, one) for one in branches}
-        return FilterCosts(sum(p.numel() for p in model.parameters()), filters, per, added)
+        return FilterCosts(sum(p.numel() for p in model.parameters()), filters, per, added, merge)
     if budget.quantity not in FILTERS:
         raise BudgetError(f"filters beside by-passes are counted, or parameters or FLOPs, not {budget.quantity}")
     return FilterCosts(sum(filters.values()), filters, dict.fromkeys(filters, 1.0), dict.fromkeys(filters, 0.0))

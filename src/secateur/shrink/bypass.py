@@ -5,6 +5,10 @@
 `conv` has the kept filters only; `scatter` puts their outputs at their places among zeros. While filters are still
 being chosen, all are there and a mask stands for the scatter. The by-pass lives in the norm (`norm.bypass`), whose
 output is where the branch is added; it sees what enters the convolution.
+
+A merged by-pass is part of the kept filters' weights and runs for the other places only; nothing is added up:
+
+    y = at their places(norm(conv(x)), norm'(bypass(x)))
 """
 
 from __future__ import annotations
@@ -36,6 +40,10 @@ class Bypass(nn.Module):
             norm's output, `[filters]`.
     """
 
+    conv: nn.Conv2d
+    norm: nn.Module
+    places: Tensor | None
+
     def __init__(
         self,
         conv: nn.Conv2d,
@@ -47,39 +55,59 @@ class Bypass(nn.Module):
         kept: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        like: dict[str, Any] = {"dtype": conv.weight.dtype, "device": conv.weight.device}
-        width = conv.out_channels
-        geometry: dict[str, Any] = {"stride": conv.stride, "padding": 0}
-        if tuple(kernel) == tuple(conv.kernel_size):
-            geometry |= {"padding": conv.padding, "dilation": conv.dilation, "padding_mode": conv.padding_mode}
-        # values come later, and torch's global generator is not touched on the way
-        self.conv = skip_init(  # type: ignore[no-untyped-call]
-            nn.Conv2d, conv.in_channels, width, tuple(kernel), groups=groups, bias=not normed, **geometry, **like
-        )
-        for parameter in self.conv.parameters():
-            nn.init.zeros_(parameter)
-        self.norm: nn.Module = nn.Identity()
-        if normed:
-            self.norm = nn.BatchNorm2d(width, norm.eps, norm.momentum, **like)
-        # in the state dict: loaders that build on the meta device fill nothing else
-        self.places: Tensor | None
-        places = None if kept is None else torch.tensor(list(kept), dtype=torch.int64, device=conv.weight.device)
-        self.register_buffer("places", places)
-        self.kept = None if kept is None else list(kept)
+        self.width, self.groups, self._given = conv.out_channels, groups, list(kept or ())
+        self.conv, self.norm = self.layers(conv, norm, tuple(kernel), normed)
+        self.keep("places", kept, conv.weight.device)
         self.mask: Callable[[nn.Module, nn.Module], Tensor] | None = None
         self._entered: tuple[nn.Module, Tensor] | None = None
         self.train(conv.training)
+
+    @property
+    def kept(self) -> list[int] | None:
+        """Places of the filters that are there now, perhaps fewer than at first; None while all are there."""
+        return None if self.places is None else self.places.tolist()
+
+    def sizes(self, conv: nn.Conv2d) -> tuple[int, int, int]:
+        """Inputs, filters and groups of the branch's convolution."""
+        return conv.in_channels, self.width, self.groups
+
+    def layers(
+        self, conv: nn.Conv2d, norm: nn.BatchNorm2d, kernel: tuple[int, ...], normed: bool
+    ) -> tuple[nn.Conv2d, nn.Module]:
+        """The branch's convolution, with the geometry of the one it stands beside, and its norm."""
+        like: dict[str, Any] = {"dtype": conv.weight.dtype, "device": conv.weight.device}
+        inputs, filters, groups = self.sizes(conv)
+        geometry: dict[str, Any] = {"stride": conv.stride, "padding": 0}
+        if kernel == tuple(conv.kernel_size):
+            geometry |= {"padding": conv.padding, "dilation": conv.dilation, "padding_mode": conv.padding_mode}
+        # values come later, and torch's global generator is not touched on the way
+        light = skip_init(  # type: ignore[no-untyped-call]
+            nn.Conv2d, inputs, filters, kernel, groups=groups, bias=not normed, **geometry, **like
+        )
+        for parameter in light.parameters():
+            nn.init.zeros_(parameter)
+        return light, nn.BatchNorm2d(filters, norm.eps, norm.momentum, **like) if normed else nn.Identity()
+
+    def keep(self, name: str, places: Sequence[int] | None, device: torch.device) -> None:
+        """Places in the state dict: loaders that build on the meta device fill nothing else."""
+        found = None if places is None else torch.tensor(list(places), dtype=torch.int64, device=device)
+        self.register_buffer(name, found)
 
     def note(self, conv: nn.Module, args: tuple[Any, ...]) -> None:
         """Pre-hook of the convolution: what enters it."""
         self._entered = conv, args[0]
 
+    def entered(self, norm: nn.Module) -> tuple[nn.Module, Tensor]:
+        """The convolution and what it read; the branch follows the norm's mode, also where it only hangs beside."""
+        assert self._entered is not None  # the convolution runs before its norm
+        found, self._entered = self._entered, None
+        if self.training != norm.training:
+            self.train(norm.training)
+        return found
+
     def add(self, norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Hook of the norm after it: the kept filters at their places, and the branch."""
-        assert self._entered is not None  # the convolution runs before its norm
-        (conv, x), self._entered = self._entered, None
-        if self.training != norm.training:
-            self.train(norm.training)  # a branch that only hangs beside the model does not follow its mode
+        conv, x = self.entered(norm)
         beside: Tensor = self.norm(self.conv(x))
         if self.mask is not None:
             output = output * self.mask(conv, norm).to(output.dtype).view(1, -1, 1, 1)
@@ -89,7 +117,56 @@ class Bypass(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
-        return "" if self.kept is None else f"kept={len(self.kept)} of {self.conv.out_channels}"
+        return "" if self.places is None else f"kept={len(self.places)} of {self.width}"
+
+
+class MergedBypass(Bypass):
+    """The branch where the kept filters have it in their weights: filters for the other places, each on its own.
+
+    Args:
+        kept: not all and not none of the places; the rest as for `Bypass`.
+    """
+
+    entering: Tensor
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, *args: Any, **more: Any) -> None:
+        super().__init__(conv, norm, *args, **more)
+        made = [*self._given, *self.rest]
+        self.keep("places", sorted(range(self.width), key=made.__getitem__), conv.weight.device)
+        self.keep("entering", reads(conv, self.groups)[self.rest].flatten().tolist(), conv.weight.device)
+
+    @property
+    def kept(self) -> list[int]:
+        """Places of the filters; none of them can be cut later."""
+        return self._given
+
+    @property
+    def rest(self) -> list[int]:
+        """The places that have no filter."""
+        return sorted(set(range(self.width)) - set(self._given))
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"merged into {len(self._given)} of {self.width}"
+
+    def sizes(self, conv: nn.Conv2d) -> tuple[int, int, int]:
+        """As many groups as filters, so that any of them may be missing."""
+        filters = len(self.rest)
+        return filters * (conv.in_channels // self.groups), filters, filters
+
+    def add(self, norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Hook of the norm: kept filters and branch, each at its places."""
+        assert self.places is not None
+        _, x = self.entered(norm)
+        beside: Tensor = self.norm(self.conv(x.index_select(1, self.entering)))
+        return torch.cat([output, beside.to(output.dtype)], 1).index_select(1, self.places)
+
+
+def reads(conv: nn.Conv2d, groups: int) -> Tensor:
+    """What each filter of a grouped branch beside a convolution reads: input channels `[filters, inputs / groups]`."""
+    per_group, inputs = conv.out_channels // groups, conv.in_channels // groups
+    first = torch.arange(conv.out_channels, device="cpu") // per_group * inputs  # values, even where meta is default
+    return first[:, None] + torch.arange(inputs, device="cpu")
 
 
 def hang(conv: nn.Module, norm: nn.Module, bypass: Bypass) -> list[Undo]:
@@ -111,13 +188,16 @@ def make_bypass(model: nn.Module, addition: dict[str, Any]) -> tuple[nn.Conv2d, 
     assert isinstance(conv, nn.Conv2d)
     assert isinstance(norm, nn.BatchNorm2d)
     own = {name: addition[name] for name in ("kernel", "groups", "normed", "kept")}
-    return conv, norm, Bypass(conv, norm, **own)
+    return conv, norm, (MergedBypass if addition["merged"] else Bypass)(conv, norm, **own)
 
 
 def attach_bypass(model: nn.Module, addition: dict[str, Any]) -> list[Undo]:
-    """Put a by-pass beside a convolution: `{"kind": "bypass", "conv", "norm", "kernel", "groups", "normed", "kept"}`.
+    """Put a by-pass beside a convolution.
 
-    With `kept` None the convolution stays whole; with places, its weights come at the kept size.
+    Args:
+        model: changed in place.
+        addition: `{"kind": "bypass", "conv", "norm", "kernel", "groups", "normed", "kept", "merged"}`. With `kept`
+            None the convolution stays whole; with places, its weights come at the kept size.
     """
     conv, norm, bypass = make_bypass(model, addition)
     norm.add_module(NAME, bypass)
@@ -138,9 +218,10 @@ def bypasses_in(model: nn.Module) -> list[dict[str, Any]]:
             "conv": convs[id(module)],
             "norm": name.rpartition(".")[0],
             "kernel": list(module.conv.kernel_size),
-            "groups": module.conv.groups,
+            "groups": module.groups,
             "normed": isinstance(module.norm, nn.BatchNorm2d),
             "kept": module.kept,
+            "merged": isinstance(module, MergedBypass),
         }
         for name, module in model.named_modules()
         if isinstance(module, Bypass)

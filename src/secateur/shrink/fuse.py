@@ -26,6 +26,7 @@ from secateur.core.seeding import seeded
 from secateur.data.batches import run
 from secateur.data.example import example_for
 from secateur.data.running import device_of, evaluating
+from secateur.shrink.bypass import Bypass, reads
 from secateur.shrink.cut import Undo
 from secateur.shrink.verify import TOLERANCE, difference, float_tensors
 from secateur.structure.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
@@ -336,3 +337,53 @@ def folded(layer: Layer, norm: Norm) -> tuple[Tensor, Tensor]:
 
 def _precise(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach().to("cpu", torch.float64)
+
+
+def merged(conv: nn.Module, norm: nn.Module, bypass: Bypass) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights of a convolution and its norm with a by-pass in them: the same function in eval mode.
+
+    The filters get the norms' scales; the norm's statistics become those of their outputs, taking what the two branches
+    make as uncorrelated, so that a training that goes on finds it about right.
+
+    Args:
+        conv: `nn.Conv2d` with all its filters.
+        norm: the batch norm that reads it, with running statistics.
+        bypass: beside them, of full width.
+
+    Returns:
+        Tensors of the convolution and of the norm by name, float64 on the CPU.
+    """
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    filters, shift = folded(conv, norm)
+    rows, own, moments = _branch(bypass)
+    places = reads(conv, bypass.groups)
+    top, left = ((a - b) // 2 for a, b in zip(conv.kernel_size, rows.shape[2:], strict=True))
+    filters[torch.arange(len(rows))[:, None], places, top : top + rows.shape[2], left : left + rows.shape[3]] += rows
+    mean, variance = (a + b for a, b in zip(_moments(norm, shift), moments, strict=True))
+    shift = shift + own
+    changed = {"weight": filters, "bias": torch.zeros_like(shift)}
+    if norm.weight is None:  # nothing to scale and shift with: statistics that leave the values and add the shift
+        return changed, {"running_mean": -shift, "running_var": torch.full_like(shift, 1 - norm.eps)}
+    scale = (variance + norm.eps).sqrt()
+    return changed, {"running_mean": mean, "running_var": variance, "weight": scale, "bias": shift + mean}
+
+
+def _branch(bypass: Bypass) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Filters and shift of a by-pass with its norm in them, mean and variance of what the filters make."""
+    conv, norm = bypass.conv, bypass.norm
+    if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        rows, shift = folded(conv, norm)
+        return rows, shift, _moments(norm, shift)
+    bias = _precise(conv.bias)
+    assert bias is not None
+    # without a norm, statistics are not known
+    return conv.weight.detach().double().cpu(), bias, (torch.zeros_like(bias), torch.zeros_like(bias))
+
+
+def _moments(norm: Norm, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of what a layer makes that has its norm's scale in it, without `shift`."""
+    variance, gamma, beta = _precise(norm.running_var), _precise(norm.weight), _precise(norm.bias)
+    assert variance is not None
+    spread = variance / (variance + norm.eps) * (1 if gamma is None else gamma**2)
+    return (0 if beta is None else beta) - shift, spread

@@ -216,7 +216,7 @@ def pruned(seed: int, progress: Progress, control: str = "") -> Outcome:
 def _without(part: Lapp) -> None:
     """By-passes that add nothing and cost nothing."""
     for bypass in part.bypasses.values():
-        bypass.conv, bypass.norm = nn.Identity(), Nothing()
+        bypass.norm = Nothing()
     part.costs = replace(part.costs, added=dict.fromkeys(part.costs.added, 0.0))
 
 

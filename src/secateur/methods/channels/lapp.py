@@ -9,7 +9,8 @@ FLOPs constraint and the task loss together move the thresholds:
 
 As soon as F <= p F_0 the masks are frozen and the training goes on; what was masked is cut out in the end. The by-pass
 (as many groups as widths allow: depthwise where they are equal) keeps every layer's output at full width, so that a
-layer may go down to one filter, and its cost depends on its own filters only.
+layer may go down to one filter, and its cost depends on its own filters only. In the end by-passes are kept, or with
+`merge` put into the filters that stay: then they run, and count, for masked filters only.
 
 RECONSTRUCTED: there is no official code, and of the paper only the abstract could be had (learnable threshold per
 layer, FLOPs constraint, both losses, gradual, in the first epochs, light by-pass per convolution from the start).
@@ -259,7 +260,7 @@ class Lapp(Part):
         run.log.append({"step": run.step, "what": "freeze", **self._figures(), "bypasses": self._beside()})
 
     def _beside(self) -> float:
-        return sum(self.costs.added.values()) / self.costs.original
+        return sum(self.costs.beside(name, count) for name, count in self.counts.items()) / self.costs.original
 
     def _hold(self, masks: Mapping[str, Tensor]) -> None:
         for name, mask in masks.items():
@@ -297,16 +298,17 @@ class Lapp(Part):
             site = branch.site(run.model)
             found.sites[site.name], found.masks[site.name] = site, masks[name]
             if name in self.undo:
-                whole = bool(masks[name].all())
-                found.additions.append(branch.addition(None if whole else masks[name].nonzero().flatten().tolist()))
                 found.weights.update(branch.weights(run.model, self.bypasses[name], masks[name]))
+                whole = bool(masks[name].all())
+                if not (whole and branch.merge):
+                    found.additions.append(branch.addition(None if whole else masks[name].nonzero().flatten().tolist()))
             found.facts[site.name] = self._facts(name)
         return found
 
     def _facts(self, name: str) -> dict[str, float]:
         """Threshold, and in shares of the original network what stays of the layer and what its by-pass costs."""
         kept = self.counts[name] * self.costs.per_filter[name] / self.costs.original
-        beside = self.costs.added[name] / self.costs.original
+        beside = self.costs.beside(name, self.counts[name]) / self.costs.original
         figures = {"threshold": float(self.thresholds[name].value.detach()), "cost": kept, "bypass": beside}
         return {key: round(value, 6) for key, value in figures.items()}
 

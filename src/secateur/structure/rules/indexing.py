@@ -118,15 +118,14 @@ def scatter(run: Observer, call: Call) -> None:
 
 @operator("index_add", "index_copy", "index_fill", "index_reduce")
 def index_add(run: Observer, call: Call) -> None:
-    """Slices written by index along one dimension."""
+    """Slices written by index along one dimension; a slice goes with its index."""
     x, d = call.args[0], call.args[1] % call.args[0].dim()
     dims = list(run.dims(x))
     run.fix(dims[d], LOOKED_UP)
     for tensor in call.tensors[2:]:
         if tensor.dim() == len(dims):
             for e, dim in enumerate(run.dims(tensor)):
-                if e != d:
-                    run.same(dims[e], dim)
+                run.same(run.dims(call.args[2])[0] if e == d else dims[e], dim, LOOKED_UP)
     run.set(call.out, dims)
 
 
