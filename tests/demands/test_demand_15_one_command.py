@@ -161,7 +161,7 @@ def test_progress_reports_every_stage_to_whoever_listens(place):
             self.done.append(tuple(self.open.pop()))
 
     heard = Listener()
-    asked = sc.Job("lm", "wanda", sparsity=0.5, data="text.txt", recover="finetune", recover_settings={"steps": "7"})
+    asked = sc.Job("lm", "wanda", sparsity=0.5, data="text.txt", recover="finetune:steps=7")
     sc.prune(asked, "heard", heard)
     assert heard.open == []
     stages = {stage: (total, steps) for stage, total, steps in heard.done}

@@ -9,10 +9,11 @@ from torch import nn
 
 import secateur as sc
 from secateur.core.errors import BudgetError, ModelError, OutputError, SettingsError
-from secateur.core.method import Batch
+from secateur.core.method import Batch, Task
 from secateur.core.seeding import seeded
 from secateur.data.dataset import DataKind, Dataset
 from secateur.data.running import logits
+from secateur.methods.channels.metapruning import MetaPruningSettings, found_in, pruned
 from secateur.structure.analysis import analyse
 from secateur.structure.graph import graph_of
 from secateur.train.loop import Fitting, Recipe
@@ -110,6 +111,92 @@ def test_the_smallest_coupled_norms_go_in_one_ranking(folder):
     assert gone == {(name, k) for name, mask in plan.masks.items() for k in range(len(mask)) if not mask[k]}
 
 
+@pytest.fixture(scope="module")
+def nothing(tmp_path_factory):
+    """A metanetwork that adds nothing."""
+    net = Metanetwork(Shape(node=8, edges=(9,), layers=1, width=4, node_ratio=0.0, edge_ratio=0.0))
+    return str(net.save(tmp_path_factory.mktemp("nets") / "net", {}))
+
+
+def dominated():
+    """The block's inner channels but the first have next to no weight."""
+    model = trained()
+    block = model[3]
+    with torch.no_grad():
+        for tensor in (block.conv1.weight[1:], block.norm1.weight[1:], block.conv2.weight[:, 1:]):
+            tensor.mul_(1e-3)
+    return model
+
+
+def one_by_one(model, count):
+    """The smallest unit of what is left goes, norms without its slices, one unit staying in every site."""
+    tensors = {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith("weight")}
+    sites = analyse(model, IMAGES).sites
+    left = {name: list(range(site.units)) for name, site in sites.items()}
+    for _ in range(count):
+        norms = {}
+        for name, site in sites.items():
+            own = [p for p in site.occurrences if p.parameter in tensors]
+            one = {k: sum(float(tensors[p.parameter].select(p.dim, k).square().sum()) for p in own) for k in left[name]}
+            norms |= {(name, k): value / max(one.values()) for k, value in one.items() if len(one) > 1}
+        name, k = min(norms, key=norms.get)
+        left[name].remove(k)
+        for place in sites[name].occurrences:
+            if place.parameter in tensors:
+                tensors[place.parameter].select(place.dim, k).zero_()
+    return left
+
+
+@pytest.mark.parametrize("model", [trained, dominated])
+def test_what_is_left_is_scored_again_after_every_part(nothing, model):
+    units = sum(site.units for site in analyse(model(), IMAGES).sites.values())
+    for count in (units // 3, units // 2, units - 3):
+        plan = sc.plan(
+            model(), "metapruning", count / units, example=IMAGES, metanetwork=nothing, parts=count, normalise="max"
+        )
+        assert {name: mask.nonzero().flatten().tolist() for name, mask in plan.masks.items()} == one_by_one(
+            model(), count
+        )
+
+
+@pytest.mark.parametrize("parts", [1, 2, 10, 200])
+def test_a_sparsity_is_met_exactly_where_sites_come_down_to_one_unit(nothing, parts):
+    plan = sc.plan(dominated(), "metapruning", 0.5, example=IMAGES, metanetwork=nothing, parts=parts)
+    kept, units = plan.units()
+    assert units - kept == units // 2
+    assert min(int(mask.sum()) for mask in plan.masks.values()) == 1
+    least = sc.plan(trained(), "metapruning", 0.99, example=IMAGES, metanetwork=nothing, parts=parts)
+    assert {int(mask.sum()) for mask in least.masks.values()} == {1}
+
+
+def test_the_first_part_that_is_enough_is_the_last():
+    """Ten filters in two parts: after the first, five are left, and enough."""
+    model = nn.Sequential(nn.Conv2d(1, 10, 3, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, 3))
+    for parts, left in ((2, 5), (10, 6), (1, 1)):
+        settings = MetaPruningSettings(parts=parts)
+        plan = pruned(found_in(Task(model, sc.Budget(0.65, "parameters"), example=IMAGES), settings), settings)
+        assert [int(mask.sum()) for mask in plan.masks.values()] == [left]
+
+
+def test_shares_that_leave_nothing_to_rank_are_met_or_refused(nothing):
+    given = {"example": IMAGES, "metanetwork": nothing, "parts": 5}
+    plan = sc.plan(trained(), "metapruning", 0.4, shares="*=0.5", **given)
+    assert all(int(mask.sum()) == len(mask) // 2 for mask in plan.masks.values())
+    with pytest.raises(BudgetError, match="out of reach"):
+        sc.plan(trained(), "metapruning", 0.0, shares="*=0", speedup=8.0, **given)
+
+
+def test_excluded_layers_keep_their_weights(folder):
+    model = trained()
+    plan = sc.plan(model, "metapruning", 0.2, example=IMAGES, metanetwork=folder, parts=3, exclude=("0*",))
+    assert "0.weight" not in plan.weights
+    assert "3.conv1.weight" in plan.weights
+    model[0].weight.requires_grad_(False)
+    train(model, folder, stop=2, exclude=("0*",))
+    assert torch.equal(model[0].weight, trained()[0].weight)
+    assert not torch.equal(model[3].conv1.weight, trained()[3].conv1.weight)
+
+
 def test_a_speedup_counts_from_the_original(folder):
     model = trained(width=8)
     dense = analyse(model, IMAGES).flops({})
@@ -165,14 +252,14 @@ def test_other_networks_are_refused(folder):
 # --- in training --------------------------------------------------------------------------------------
 
 
-def train(model, folder, stop=STEPS, state=None, optimizer_state=None):
+def train(model, folder, stop=STEPS, state=None, optimizer_state=None, **more):
     fit = fitting()
     optimizer = fit.recipe.make_optimizer(model)
     if optimizer_state is not None:
         optimizer.load_state_dict(optimizer_state)
     run = sc.sparsify(
         model, optimizer, "metapruning", 0.0, steps=STEPS, state=state,
-        metanetwork=folder, speedup=1.6, parts=10, example=torch.rand(2, 1, 8, 8),
+        metanetwork=folder, speedup=1.6, parts=10, example=torch.rand(2, 1, 8, 8), **more,
     )  # fmt: skip
     model.train()
     for step in range(run.step, stop):
@@ -285,6 +372,28 @@ def test_given_networks_are_used_and_left_alone(tmp_path):
         studied(tmp_path / "net", models=models[::-1], kept=tmp_path / "kept", epochs=1)
 
 
+def test_every_held_out_network_is_tuned_alike_with_and_without_a_metanetwork(tmp_path):
+    """The baseline has the same fine-tuning A."""
+    calls, fit = [], fitting()
+
+    def counted(model, masks, start, stop):
+        calls.extend([(start, stop)] if stop > start else [])
+        return fit(model, masks, start, stop)
+
+    counted.steps, counted.data = STEPS, DATA
+    studied(tmp_path / "net", fit=counted, models=[trained(seed) for seed in range(3)], tried=(1, 2), tune=0.5)
+    assert calls == [(STEPS // 2, STEPS)] * 3
+
+
+def test_networks_of_low_precision_can_be_studied(tmp_path):
+    low = torch.bfloat16
+    data = Dataset("tiny", DataKind.IMAGE, DATA.inputs.to(low), DATA.targets)
+    fit = Fitting(data, Recipe(steps=STEPS, batch=20, lr=0.05), lambda model: {"accuracy": 1.0})
+    found = studied(tmp_path / "net", fit=fit, models=[trained(seed).to(low) for seed in range(3)], epochs=1)
+    assert found.summary["training"]["task"] > 0
+    assert {value.dtype for value in found.state.values() if value.is_floating_point()} == {low}
+
+
 def test_what_cannot_be_studied_is_said_before_training(tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(OutputError, match="exists already"):
@@ -298,5 +407,14 @@ def test_what_cannot_be_studied_is_said_before_training(tmp_path):
     plain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
     with pytest.raises(ModelError, match="train one metanetwork for each kind"):
         studied(tmp_path / "net", fit=Dying(1), models=[trained(), plain, trained()])
+    with pytest.raises(ModelError, match="train one metanetwork for each kind"):
+        studied(tmp_path / "net", fit=Dying(1), kept=tmp_path / "held", models=[trained(), trained(), plain])
+    assert not list((tmp_path / "held").glob("epoch-*")), "nor is anything learnt"
+    with pytest.raises(BudgetError, match="out of reach"):
+        sc.study(
+            make, Dying(1), "metapruning", 0.0, folder=tmp_path / "fast", extras={"models": [trained(), trained()]},
+            **SMALL, metanetwork=str(tmp_path / "net"), speedup=500.0,
+        )  # fmt: skip
+    assert not list((tmp_path / "fast").glob("epoch-*"))
     with pytest.raises(SettingsError, match="needs training="):
         studied(tmp_path / "net", fit=fitting().__call__, steps=STEPS)

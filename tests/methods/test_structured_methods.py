@@ -436,6 +436,25 @@ def test_several_steps_score_the_smaller_model_again():
     assert lowest_gone(made, "a:channel", torch.where(a, expected, -torch.inf))
 
 
+@pytest.mark.parametrize("steps", [1, 3, 12])
+def test_sites_that_come_down_to_one_unit_count_on_in_a_common_ranking(steps):
+    """Of 16 units half go, whatever step the first site was down to its last in."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[0].weight[1:] *= 1e-4
+        model[2].weight[:, 1:] *= 1e-4
+    given = {"scope": "global", "normalise": "max", "largest_cut": 1.0, "multiple": 1, "steps": steps}
+    for share, left in ((0.5, [1, 7]), (0.9, [1, 1])):
+        made = sc.plan(model, "channel_norm", share, example=torch.randn(2, 4), **given)
+        assert [int(mask.sum()) for mask in made.masks.values()] == left
+
+
+def test_own_shares_of_all_sites_leave_nothing_to_rank():
+    made = plan(net(), "channel_norm", shares="*=0.25", scope="global")
+    assert [int(mask.sum()) for mask in made.masks.values()] == [6, 5]
+
+
 def test_shares_are_for_the_layers_that_make_the_units():
     made = plan(net(), "channel_norm", shares="a=0.25,b=0")
     assert (made.kept("a:channel"), made.kept("b:channel")) == (6, 6)

@@ -219,6 +219,73 @@ def test_running_statistics_padding_and_identities_are_never_read():
     assert all(torch.equal(found[name], p) for name, p in model.named_parameters())
 
 
+class Stemmed(nn.Module):
+    """The block's input is a 1x1 convolution, as bare as a shortcut's: it is no shortcut."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(1, 4, 1, bias=False), nn.BatchNorm2d(4)
+        self.c1, self.c2 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x))
+        return self.head((x + self.c2(F.relu(self.c1(x)))).mean((2, 3)))
+
+
+def test_what_a_block_reads_is_its_unchanged_input_whatever_made_it():
+    model = settled(Stemmed())
+    graph = graph_of(model, GRAY)
+    assert graph.total == 1 + 4 + 4 + 4 + 3
+    (identity,) = graph.identities
+    outputs, inputs = graph.index[:, identity[1]]
+    assert sorted(set(outputs.tolist())) == [9, 10, 11, 12]
+    assert sorted(set(inputs.tolist())) == [1, 2, 3, 4]
+    found = graph.decode(graph.encode(model.state_dict()))
+    assert all(torch.equal(found[name], p) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("dims", [1, -3, (1,), (1, 2), (-3, -1)])
+@pytest.mark.parametrize("how", ["mean", "amax"])
+def test_channels_that_are_averaged_are_none_any_more(dims, how):
+    """Also where as many rows as channels are left."""
+
+    class Averaging(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 8, 3, padding=1)
+            self.head = nn.Linear(64 if dims in (1, -3, (1,)) else 8, 3)
+
+        def forward(self, x):
+            return self.head(getattr(self.conv(x), how)(dims).flatten(1))
+
+    with pytest.raises(ModelError, match=f"computes {how} over samples or channels"):
+        graph_of(Averaging(), GRAY)
+
+
+def test_reductions_over_positions_are_pooling():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.conv(x).mean(dim=[-1, -2], keepdim=False))
+
+    assert graph_of(Pooled(), GRAY).total == 1 + 8 + 3
+
+
+def test_norms_of_higher_precision_lose_nothing():
+    model = residual().bfloat16()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.float()
+            module.weight.data.add_(1e-4)
+    graph = graph_of(residual(), GRAY)
+    found = graph.decode(graph.encode(model.state_dict()))
+    assert all(torch.equal(found[name].to(p.dtype), p) for name, p in model.named_parameters())
+
+
 def test_a_pruned_network_has_a_graph_too():
     model = sc.apply_(residual(), sc.plan(residual(), "channel_norm", 0.5, example=GRAY, multiple=1))
     graph = graph_of(model, GRAY)

@@ -8,13 +8,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from secateur.core.budget import Budget
 from secateur.core.errors import MissingExtraError, ModelError, NumericsError, PlanError
 from secateur.core.method import Batch
 from secateur.scores.growing import group_norms, growing_factors, growing_gradient, member_weights
 from secateur.structure.analysis import analyse
 from secateur.structure.graph import Features, graph_of
-from secateur.train.meta import MetaSettings, Subject, meta_gradient, task_gradient
+from secateur.train.meta import MetaSettings, MetaTraining, Subject, meta_gradient, task_gradient
 from secateur.train.metanetwork import Metanetwork, Shape
+from secateur.train.study import Study
 from secateur.zoo.vision import ResidualBlock
 
 IMAGES = Batch((torch.rand(2, 1, 8, 8),))
@@ -181,6 +183,46 @@ def _permuted_double(model):
     return model
 
 
+@pytest.mark.parametrize("seed", [0, 3])
+def test_where_kernels_differ_every_edge_has_its_own_weights(seed):
+    """Hidden channels of a bottleneck network in another order: edges under the wrong ends would show."""
+    torch.manual_seed(seed)
+    model = Bottlenecks().double().eval()
+    images = Batch((torch.rand(1, 3, 16, 16, dtype=torch.float64),))
+    other = copy.deepcopy(model)
+    order = torch.randperm(3)
+    with torch.no_grad():
+        for name, dim in (("conv1.weight", 0), ("bn1.weight", 0), ("bn1.bias", 0), ("conv2.weight", 1)):
+            value = other.get_parameter(name)
+            value.copy_(value.index_select(dim, order))
+        net = metanetwork(edges=(49, 9, 1)).double()
+        assert torch.allclose(model(*images.args), other(*images.args))
+        assert graph_of(model, images).family.edges == (49, 9, 1)
+        found, moved = (net.changed(graph_of(one, images), one.state_dict()) for one in (model, other))
+    for name, value in found.items():
+        dims = {"conv1.weight": 0, "bn1.weight": 0, "bn1.bias": 0, "conv2.weight": 1}
+        expected = value.index_select(dims[name], order) if name in dims else value
+        torch.testing.assert_close(moved[name], expected, rtol=0, atol=1e-9)
+
+
+class Bottlenecks(nn.Module):
+    """A 7x7 stem and a bottleneck with an unchanged input."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 4, 7, 2, 3, bias=False), nn.BatchNorm2d(4)
+        self.conv1, self.bn1 = nn.Conv2d(4, 3, 1, bias=False), nn.BatchNorm2d(3)
+        self.conv2, self.bn2 = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
+        self.conv3, self.bn3 = nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        return self.head(F.relu(x + self.bn3(self.conv3(y))).mean((2, 3)))
+
+
 def test_types_of_edges_have_encoders_of_their_own():
     net = metanetwork(edges=(49, 9, 1)).double()
     rng = torch.Generator().manual_seed(0)
@@ -344,3 +386,52 @@ def test_an_infinite_loss_is_named():
     weights = {name: value * float("nan") for name, value in one.model.named_parameters()}
     with pytest.raises(NumericsError, match="the metanetwork's weights is nan"):
         task_gradient(one.model, weights, batches(1))
+
+
+def test_weights_whose_gradient_is_not_finite_are_left_out(monkeypatch):
+    one, net = subject(), metanetwork()
+    gradient = task_gradient
+
+    def broken(model, weights, given):
+        found, loss = gradient(model, weights, given)
+        found["0.weight"] = torch.full_like(found["0.weight"], float("nan"))
+        return found, loss
+
+    monkeypatch.setattr("secateur.train.meta.task_gradient", broken)
+    meta_gradient(net, one, batches(), SETTINGS)
+    assert torch.isfinite(gradients(net)).all()
+    assert gradients(net).abs().max() > 0
+    every = {name: torch.full_like(p, float("nan")) for name, p in one.model.named_parameters()}
+    monkeypatch.setattr("secateur.train.meta.task_gradient", lambda *given: (every, 0.0))
+    with pytest.raises(NumericsError, match="no gradient of the network's weights is finite"):
+        meta_gradient(net, one, batches(), SETTINGS)
+
+
+def test_synchronised_norms_are_members_too():
+    model = network()
+    assert member_weights(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))) == member_weights(model)
+
+
+def test_the_rate_drops_at_the_milestones():
+    settings = MetaSettings(lr=1.0, milestones=(3, 5))
+    assert [settings.rate(epoch) for epoch in (0, 2, 3, 4, 5)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+
+
+def test_each_network_has_one_step_an_epoch_with_one_batch_or_all(monkeypatch):
+    seen = []
+
+    def watched(net, one, given, settings):
+        seen.append((subjects.index(one), len(given)))
+        for parameter in net.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        return {"task_loss": 0.0}
+
+    monkeypatch.setattr("secateur.train.meta.meta_gradient", watched)
+    subjects, data = [subject(network(seed)) for seed in range(3)], batches(4)
+    for one_batch in (True, False):
+        seen.clear()
+        study = Study(network, None, 1, Budget(0.5))
+        settings = SETTINGS.model_copy(update={"epochs": 2, "one_batch": one_batch})
+        MetaTraining(study, subjects, data, settings).run()
+        assert [sorted(number for number, _ in seen[i : i + 3]) for i in (0, 3)] == [[0, 1, 2], [0, 1, 2]]
+        assert {count for _, count in seen} == {1 if one_batch else 4}

@@ -117,7 +117,7 @@ def form_of(site: Site) -> tuple[object, ...]:
 def pools(sites: Mapping[str, Site], scope: Scope) -> list[list[str]]:
     """The sites whose units are ranked together."""
     if scope is Scope.GLOBAL:
-        return [list(sites)]
+        return [list(sites)] if sites else []
     if scope is Scope.LOCAL:
         return [[name] for name in sites]
     classes: dict[tuple[object, ...], list[str]] = defaultdict(list)

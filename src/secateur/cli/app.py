@@ -105,7 +105,6 @@ def prune(
     """
     from secateur.cli import commands
 
-    name, _, words = (recover or "").partition(":")
     request: dict[str, Any] = {
         "model": model,
         "method": method,
@@ -122,8 +121,7 @@ def prune(
         "include": tuple(include or ("*",)),
         "exclude": tuple(exclude or ()),
         "compensate": compensate,
-        "recover": name or None,
-        "recover_settings": pairs([word for word in words.split(",") if word], "--recover"),
+        "recover": recover,
         "seed": seed,
         "weights": weights,
         "device": device,

@@ -1,8 +1,9 @@
-"""Nested plain data with tensors in it, as safetensors and JSON: what training state is made of. No pickle."""
+"""Nested plain data with tensors in it: a walk, and as safetensors and JSON, as training state is kept. No pickle."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,15 @@ from secateur.core.errors import PlanError
 from secateur.core.files import read_json, whole_folder
 
 TENSOR, PAIRS, TUPLE = "__tensor__", "__pairs__", "__tuple__"
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """The tensors in mappings, lists and tuples, such as a model's inputs or outputs, in order."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (Mapping, list, tuple)):
+        for one in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from tensors_in(one)
 
 
 def flatten(tree: Any) -> tuple[Any, dict[str, Tensor]]:

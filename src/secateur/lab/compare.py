@@ -33,7 +33,7 @@ from torch import nn
 from secateur import api, recover
 from secateur.core.budget import Budget, Pattern, Quantity
 from secateur.core.errors import SecateurError, SettingsError
-from secateur.core.method import Batch, Method
+from secateur.core.method import Batch, Method, Settings
 from secateur.core.plan import Plan
 from secateur.core.progress import Progress, Silent, track
 from secateur.data.dataset import Dataset, Splits
@@ -44,11 +44,11 @@ from secateur.measure import interval, nonzeros, parameters, quality, quality_in
 from secateur.measure.decoding import can_generate, decoding
 from secateur.measure.flops import flops
 from secateur.measure.latency import latency
-from secateur.recover import Request
-from secateur.recover.finetune import recipe_of
+from secateur.recover import Recovery, Request
+from secateur.recover.finetune import FinetuneSettings, recipe_of
 from secateur.shrink.apply import apply_
 from secateur.structure.stacks import main_stack
-from secateur.train.loop import Fitting
+from secateur.train.loop import Fitting, Recipe
 from secateur.train.sparse_fit import fit_sparsely
 from secateur.train.sparsifier import Sparsifier
 from secateur.train.study import Ledger
@@ -191,9 +191,7 @@ def _check(entry: Method, rows: Rows) -> None:
     if rows.train:
         if entry.parts is None:
             raise SettingsError(f"{entry.name} does not act during training; leave `train` out of its row")
-        if not rows.train.startswith("finetune"):
-            raise SettingsError(f"train: '{rows.train}' is no training; write finetune:steps=100")
-        _recovery_of(rows.train)
+        _training_of(rows.train)
     elif entry.run is None:
         raise SettingsError(f"{entry.name} is no one-shot method; give its row a training: train: finetune:steps=100")
 
@@ -297,9 +295,7 @@ class Bench:
                 source=self.source,
                 **rows.settings,
             )
-        found = _recovery_of(rows.train)
-        assert found is not None  # the row says so
-        fit = Fitting(self._training(seed), recipe_of(found[1]), seed=seed, progress=self.progress)
+        fit = Fitting(self._training(seed), _training_of(rows.train), seed=seed, progress=self.progress)
         attached: list[Sparsifier] = []
 
         def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> Sparsifier:
@@ -373,11 +369,15 @@ def _digest(rows: Rows) -> str:
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
-def _recovery_of(said: str) -> tuple[Any, Any] | None:
-    if not said:
-        return None
-    way, values = recover.in_words(said)
-    return way, way.configure(values)
+def _training_of(said: str) -> Recipe:
+    _, settings = recover.in_words(said)
+    if not isinstance(settings, FinetuneSettings):
+        raise SettingsError(f"train: '{said}' is no training; write finetune:steps=100")
+    return recipe_of(settings)
+
+
+def _recovery_of(said: str) -> tuple[Recovery, Settings] | None:
+    return recover.in_words(said) if said else None
 
 
 def markdown(asked: Comparison, results: list[Result]) -> str:

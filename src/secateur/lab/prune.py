@@ -15,7 +15,7 @@ from secateur import api, recover
 from secateur.core.budget import Budget, Pattern, Quantity
 from secateur.core.errors import BudgetError, DataError, SettingsError
 from secateur.core.files import check_free, sweep, write_json
-from secateur.core.method import Method
+from secateur.core.method import Method, Settings
 from secateur.core.plan import Plan
 from secateur.core.progress import Progress, Silent
 from secateur.data.dataset import Dataset, Splits
@@ -64,7 +64,6 @@ class Job:
     exclude: tuple[str, ...] = ()
     compensate: bool = False
     recover: str | None = None
-    recover_settings: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
     weights: str | None = None
     device: str = "cpu"
@@ -98,7 +97,7 @@ class Job:
         words += [w for name in self.include if self.include != ("*",) for w in ("--include", name)]
         words += [w for name in self.exclude for w in ("--exclude", name)]
         words += ["--compensate"] if self.compensate else []
-        words += ["--recover", self._recover_word()] if self.recover else []
+        words += ["--recover", self.recover] if self.recover else []
         words += ["--weights", self.weights] if self.weights else []
         words += ["--device", self.device] if self.device != "cpu" else []
         words += ["--dtype", self.dtype] if self.dtype else []
@@ -106,19 +105,15 @@ class Job:
         words += [] if self.verify else ["--no-verify"]
         return shlex.join([*words, "--seed", str(self.seed), "--out", out])
 
-    def _recover_word(self) -> str:
-        settings = ",".join(f"{key}={value}" for key, value in self.recover_settings.items())
-        return f"{self.recover}:{settings}" if settings else str(self.recover)
-
 
 @dataclass(frozen=True)
 class Prepared:
-    """A job with its model and data opened and its names checked."""
+    """A job with its model and data opened and its names checked; `recovery` comes with its settings."""
 
     job: Job
     opened: OpenedModel
     method: Method
-    recovery: Recovery | None
+    recovery: tuple[Recovery, Settings] | None
     data: str | None
     samples: int
     splits: Splits | None
@@ -131,15 +126,19 @@ def prepare(job: Job) -> Prepared:
     _ = job.budget
     if job.samples is not None and job.samples < 1:
         raise DataError(f"--samples must be 1 or more, got {job.samples}")
-    recovery = recover.find(job.recover) if job.recover else None
-    if recovery:
-        recovery.configure(job.recover_settings)
+    recovery = recover.in_words(job.recover) if job.recover else None
     opened = open_model(job.model, job.weights, device=job.device, dtype=job.dtype, trust_factory=job.trust_factory)
     data = job.data or opened.data
     if job.compensate and not method.structured:
         raise SettingsError(f"--compensate is for methods that cut channels, neurons or heads; {method.name} does not")
     if data is None and (method.needs_data or recovery or job.compensate):
-        needs = method.name if method.needs_data else "--compensate" if job.compensate else job.recover
+        needs = (
+            method.name
+            if method.needs_data
+            else "--compensate"
+            if job.compensate
+            else str(job.recover).partition(":")[0]
+        )
         raise DataError(f"{needs} needs data and '{job.model}' has none of its own; give --data")
     samples = default_samples(opened) if job.samples is None else job.samples
     splits = open_data(data, opened, job.seed, samples) if data else None
@@ -243,7 +242,8 @@ def _carry_out(prepared: Prepared, command: str, progress: Progress) -> tuple[Pl
 def _recover(prepared: Prepared, plan: Plan, dense: nn.Module, progress: Progress) -> dict[str, float]:
     assert prepared.recovery is not None
     request = Request(prepared.opened.model, plan, _training_data(prepared), prepared.job.seed, progress, dense)
-    return prepared.recovery.run(request, prepared.recovery.configure(prepared.job.recover_settings))
+    recovery, settings = prepared.recovery
+    return recovery.run(request, settings)
 
 
 def _training_data(prepared: Prepared) -> Dataset:

@@ -235,9 +235,10 @@ def _machine(facts: MachineFacts) -> parts.Machine:
 
 
 def _recovery(outcome: Outcome) -> parts.RecoveryInfo | None:
-    recovery = outcome.prepared.recovery
-    if recovery is None:
+    if outcome.prepared.recovery is None:
         return None
-    settings: dict[str, Any] = recovery.configure(outcome.prepared.job.recover_settings).model_dump(mode="json")
+    recovery, settings = outcome.prepared.recovery
     found = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in outcome.recovery_figures.items())
-    return parts.RecoveryInfo(name=recovery.name, settings=settings, text=f"{recovery.title} ({found})")
+    return parts.RecoveryInfo(
+        name=recovery.name, settings=settings.model_dump(mode="json"), text=f"{recovery.title} ({found})"
+    )

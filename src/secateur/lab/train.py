@@ -287,9 +287,9 @@ def recover_after(session: Session, plan: Plan, dense: nn.Module, progress: Prog
     """Repair the cut network with the data that it was trained on."""
     job, model = session.job, session.opened.model
     pruned = quality(model, session.splits.evaluation, progress=progress)
-    recovery, values = recover.in_words(job.recover)
+    recovery, settings = recover.in_words(job.recover)
     request = Request(model, plan, session.fit.data, job.seed, progress, dense)
-    return Recovered(pruned, recovery.run(request, recovery.configure(values)))
+    return Recovered(pruned, recovery.run(request, settings))
 
 
 def _record(session: Session, dense: nn.Module, plan: Plan, out: str, progress: Progress) -> Record:
@@ -298,8 +298,8 @@ def _record(session: Session, dense: nn.Module, plan: Plan, out: str, progress: 
         {"before": dense, "after": model}, session.splits.evaluation, seed=job.seed, progress=progress
     )
     budget = {name: getattr(job, name) for name in BUDGETS}
-    recovery, values = recover.in_words(job.recover) if job.recover else (None, {})
-    asked = prune.Job(job.model, job.method, **budget, minimum=job.minimum, recover_settings=values, seed=job.seed)
+    recovery = recover.in_words(job.recover) if job.recover else None
+    asked = prune.Job(job.model, job.method, **budget, minimum=job.minimum, seed=job.seed)
     data = job.data or session.opened.data
     prepared = prune.Prepared(asked, session.opened, session.method, recovery, data, 0, session.splits)
     record = make_record(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from secateur.core.errors import SettingsError, UnknownNameError
+from secateur.core.method import Settings
 from secateur.recover.batchnorm import recovery as _batchnorm
 from secateur.recover.finetune import recovery as _finetune
 from secateur.recover.recovery import Recovery, Request
@@ -22,8 +23,8 @@ def find(name: str) -> Recovery:
     return RECOVERIES[name]
 
 
-def in_words(text: str) -> tuple[Recovery, dict[str, str]]:
-    """A recovery and its settings from `finetune:steps=300,lr=1e-3`; the settings are checked.
+def in_words(text: str) -> tuple[Recovery, Settings]:
+    """A recovery and its checked settings from `finetune:steps=300,lr=1e-3`.
 
     Raises:
         UnknownNameError, SettingsError: a wrong name or value.
@@ -32,9 +33,8 @@ def in_words(text: str) -> tuple[Recovery, dict[str, str]]:
     words = [word for word in rest.split(",") if word]
     if strange := [word for word in words if "=" not in word]:
         raise SettingsError(f"recover takes settings as name=value, like finetune:steps=300, got '{strange[0]}'")
-    recovery, values = find(name), dict(word.split("=", 1) for word in words)
-    recovery.configure(values)
-    return recovery, values
+    recovery = find(name)
+    return recovery, recovery.configure({k.strip(): v.strip() for k, v in (word.split("=", 1) for word in words)})
 
 
 __all__ = ["RECOVERIES", "Recovery", "Request", "find", "in_words"]

@@ -13,9 +13,9 @@ from secateur.core.method import Settings
 from secateur.core.progress import track
 from secateur.data.running import evaluating, logits
 from secateur.recover.recovery import Recovery, Request
+from secateur.structure.layers import BATCH_NORMS
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class BatchNormSettings(Settings):
@@ -46,7 +46,7 @@ def reestimate(request: Request, settings: BatchNormSettings) -> dict[str, float
     Raises:
         ModelError: the model has no batch norm with running statistics, or does not run on the data.
     """
-    norms = [m for m in request.model.modules() if isinstance(m, NORMS) and m.track_running_stats]
+    norms = [m for m in request.model.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
     if not norms:
         raise ModelError(f"{type(request.model).__name__} has no batch norm to re-estimate; use --recover finetune")
     data = request.data.sample(settings.batches * settings.batch, request.seed)

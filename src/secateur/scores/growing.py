@@ -19,15 +19,13 @@ from torch import Tensor, nn
 
 from secateur.core.units import Occurrence, Site
 from secateur.scores.groups import Combine, group_scores, over_others
-from secateur.structure.layers import layout_of
-
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+from secateur.structure.layers import BATCH_NORMS, layout_of
 
 
 def member_weights(model: nn.Module) -> frozenset[str]:
     """Names of the parameters whose slices count: weights of linear and convolution layers and of batch norm."""
     named = model.named_modules()
-    owners = {name for name, module in named if layout_of(module) is not None or isinstance(module, NORMS)}
+    owners = {name for name, module in named if layout_of(module) is not None or isinstance(module, BATCH_NORMS)}
     return frozenset(
         name for name, _ in model.named_parameters() if name.endswith("weight") and name.rpartition(".")[0] in owners
     )

@@ -448,7 +448,10 @@ class Work:
         with self._cut(masks):
             smaller = analyse(self.task.model, self.example)
             view = {name: smaller.sites[name] for name in self.sites if name in smaller.sites}
-            found = criterion(View(self.task.model, smaller, view, self.task))
+            found = dict(criterion(View(self.task.model, smaller, view, self.task))) if view else {}
+        for name, mask in masks.items():
+            if name not in view and int(mask.sum()) == 1 < len(mask):
+                found[name] = torch.ones(1)  # its last unit, which is no site any more, but still among the units
         wide = {}
         for name, score in found.items():
             wide[name] = torch.full(masks[name].shape, -torch.inf)

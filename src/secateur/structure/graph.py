@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor, nn
@@ -110,24 +110,27 @@ class Graph:
         return tuple(ends)
 
     def encode(self, tensors: Mapping[str, Tensor]) -> Features:
-        """The graph's features.
+        """The graph's features, in the highest precision among the tensors.
 
         Args:
             tensors: parameters and buffers of a network of the architecture that the graph was built for.
         """
-        some = tensors[self.bundles[0].name].detach()
+        first = tensors[self.bundles[0].name]
+        names = [slot.name for slot in self.slots] + [bundle.name for bundle in self.bundles]
+        held = [tensors[name].dtype for name in names]
+        some = first.new_empty(0, dtype=reduce(torch.promote_types, held))  # norms may be of higher precision
         defaults = ABSENT * 2 if self.family.node == 8 else (*ABSENT, 0.0)
         nodes = some.new_tensor(defaults).repeat(self.total, 1)
         edges = tuple(some.new_zeros(count, size) for count, size in zip(self.edges, self.family.edges, strict=True))
         for slot in self.slots:
-            nodes[slot.nodes, slot.feature] = tensors[slot.name].detach()
+            nodes[slot.nodes, slot.feature] = tensors[slot.name].detach().to(some)
         for bundle in self.bundles:
             target = edges[bundle.kind][bundle.edges]
             weight = tensors[bundle.name].detach()
             if bundle.middle is None:
                 target.copy_(weight.reshape(target.shape))
             else:
-                target[:, bundle.middle] = weight.reshape(-1)
+                target[:, bundle.middle] = weight.reshape(-1).to(some)
         for kind, rows, ones in self.identities:
             edges[kind][rows, self.family.edges[kind] // 2] = ones.to(some)
         return Features(nodes, edges)

@@ -6,7 +6,7 @@ and not names, and everything else is refused by name: a network is wired right 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NoReturn
@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from secateur.core.errors import ModelError
 from secateur.core.method import Batch
+from secateur.core.trees import tensors_in
 from secateur.data.running import device_of, evaluating, logits, resized
 
 INPUT = -1  # in place of a layer: the network's inputs
@@ -96,6 +97,7 @@ ELEMENTWISE = {
 POOLING = {
     *("max_pool2d", "_max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "amax"),
 }
+REDUCING = {"mean", "amax"}
 UNCHANGED = {"dropout", "dropout_", "dropout2d", "contiguous", "clone", "detach", "to", "float"}
 RESHAPING = {"flatten", "view", "reshape", "squeeze"}
 SUMS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
@@ -113,17 +115,18 @@ class _Recorder(TorchFunctionMode):
         self.flows: dict[int, tuple[Flow, Tensor]] = {}  # the tensor is held, so that its id stays its own
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = list(_tensors((args, kwargs)))
+        given = list(tensors_in((args, kwargs)))
         flows = [self.flows[id(item)][0] for item in given if id(item) in self.flows]
         names = [self.names[id(item)] for item in given if id(item) in self.names]
         before = tuple(given[0].shape) if given else ()
         out = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", str(func))
-        if flows and any(True for _ in _tensors(out)):
+        if flows and any(True for _ in tensors_in(out)):
             if not isinstance(out, Tensor):
                 self.refuse(name)
             self.keep(
-                out, self.moved(name, flows, args, kwargs or {}, out) or self.after(name, flows, names, before, out)
+                out,
+                self.moved(name, flows, args, kwargs or {}, out) or self.after(name, flows, names, before, out),
             )
         return out
 
@@ -131,6 +134,8 @@ class _Recorder(TorchFunctionMode):
         self, name: str, flows: list[Flow], args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor
     ) -> Flow | None:
         """Positions left out, or channels of zeros around: shortcuts without weights (He et al. 2016, option A)."""
+        if name in REDUCING and _over_channels(args, kwargs):
+            self.refuse(name, "over samples or channels")
         if name not in SUMS and any(flow.width is not None for flow in flows):
             self.refuse(name, "on channels padded with zeros")
         if name == "__getitem__" and len(flows) == 1 and _picks_positions(args[1]):
@@ -224,8 +229,10 @@ class _Recorder(TorchFunctionMode):
         """Whether `side` is a bare 1x1 convolution of channels that `main` was computed from."""
         if not side.bare or INPUT in (main.layer, side.layer) or main.layer == side.layer:
             return False
-        layer = self.wiring.layers[side.layer]
-        return layer.per_pair == 1 and self.wiring.depends(self.wiring.layers[main.layer].source, layer.source)
+        layer, before = self.wiring.layers[side.layer], self.wiring.layers[main.layer].source
+        if self.wiring.depends(before, side.layer):  # `main` reads it: it is the block's input itself
+            return False
+        return layer.per_pair == 1 and self.wiring.depends(before, layer.source)
 
     def refuse_more(self, main: Flow) -> None:
         """A layer takes one shortcut."""
@@ -249,21 +256,23 @@ class _Recorder(TorchFunctionMode):
         )
 
 
+def _over_channels(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a reduction's arguments name one of the first two dimensions."""
+    first, *rest = [*args, *kwargs.values()]
+    named: list[int] = []
+    for value in rest:
+        if isinstance(value, (tuple, list)):
+            named += value
+        elif isinstance(value, int) and not isinstance(value, bool):
+            named.append(value)
+    return any(number % first.dim() < 2 for number in named)
+
+
 def _picks_positions(index: Any) -> bool:
     """Whether an index leaves samples and channels alone and takes slices of the rest."""
     whole = slice(None)
     slices = isinstance(index, tuple) and len(index) == 4 and all(isinstance(part, slice) for part in index)
     return slices and index[0] == whole and index[1] == whole
-
-
-def _tensors(item: Any) -> Iterator[Tensor]:
-    if isinstance(item, Tensor):
-        yield item
-    elif isinstance(item, (list, tuple)):
-        for one in item:
-            yield from _tensors(one)
-    elif isinstance(item, dict):
-        yield from _tensors(tuple(item.values()))
 
 
 def wire(model: nn.Module, example: Batch) -> Wiring:

@@ -109,8 +109,9 @@ def task_gradient(
     Raises:
         NumericsError: the loss is NaN or infinite.
     """
-    leaves = {name: value.detach().requires_grad_() for name, value in weights.items()}
-    summed = {name: torch.zeros_like(value) for name, value in leaves.items()}
+    own = dict(model.named_parameters())  # which may be of lower precision than the metanetwork
+    leaves = {name: value.detach().to(own[name].dtype).requires_grad_() for name, value in weights.items()}
+    summed = {name: torch.zeros_like(value) for name, value in weights.items()}
     losses = 0.0
     for batch in batches:
         moved = batch.to(device_of(model))
@@ -122,7 +123,7 @@ def task_gradient(
         found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         for name, gradient in zip(leaves, found, strict=True):
             if gradient is not None:
-                summed[name] += gradient
+                summed[name] += gradient.to(summed[name])
         losses += loss.item()
     return summed, losses / max(1, len(batches))
 
@@ -130,10 +131,13 @@ def task_gradient(
 def meta_gradient(
     net: Metanetwork, subject: Subject, batches: Sequence[Batch], settings: MetaSettings
 ) -> dict[str, float]:
-    """Add the gradient of one network to the metanetwork's `.grad`.
+    """Add the gradient of one network to the metanetwork's `.grad`; weights whose gradient is not finite are left out.
 
     Returns:
         `task_loss`, and the lengths of the two gradients at the network's weights, `task` and `sparse`.
+
+    Raises:
+        NumericsError: the loss or all gradients are not finite.
     """
     modes = [(module, module.training) for module in subject.model.modules()]
     subject.model.eval()  # statistics of made-up weights must not leak into the buffers
@@ -144,13 +148,30 @@ def meta_gradient(
         for module, training in modes:
             module.training = training
     sparse = growing_gradient(subject.sites, weights, subject.members, strength=settings.reg, alpha=settings.alpha)
-    total = [task[name] + sparse[name] if name in sparse else task[name] for name in weights]
-    torch.autograd.backward(list(weights.values()), total)
+    total = {name: task[name] + sparse[name] if name in sparse else task[name] for name in weights}
+    sound = [name for name, value in total.items() if bool(torch.isfinite(value).all())]
+    if not sound:
+        raise NumericsError("no gradient of the network's weights is finite; lower lr, reg or the ratios")
+    torch.autograd.backward([weights[name] for name in sound], [total[name] for name in sound])
     return {"task_loss": loss, "task": _length(task), "sparse": _length(sparse)}
 
 
 def _length(tensors: Mapping[str, Tensor]) -> float:
     return math.sqrt(sum(float(value.double().square().sum()) for value in tensors.values()))
+
+
+def one_family(subjects: Sequence[Subject]) -> Family:
+    """What the networks' graphs have in common.
+
+    Raises:
+        ModelError: they are of several families.
+    """
+    families = list(dict.fromkeys(subject.graph.family for subject in subjects))
+    if len(families) > 1:
+        raise ModelError(
+            f"one network's graph has {families[0]}, another's {families[1]}; train one metanetwork for each kind"
+        )
+    return families[0]
 
 
 # --- all epochs ---------------------------------------------------------------------------------------
@@ -173,12 +194,7 @@ class MetaTraining:
         self, study: Study, subjects: Sequence[Subject], batches: Sequence[Batch], settings: MetaSettings
     ) -> None:
         self.study, self.subjects, self.batches, self.settings = study, subjects, batches, settings
-        families = list(dict.fromkeys(subject.graph.family for subject in subjects))
-        if len(families) > 1:
-            raise ModelError(
-                f"one network's graph has {families[0]}, another's {families[1]}; train one metanetwork for each kind"
-            )
-        self.shape = settings.for_family(families[0])
+        self.shape = settings.for_family(one_family(subjects))
 
     def network(self, epoch: int) -> Metanetwork:
         """The metanetwork after so many epochs, frozen."""

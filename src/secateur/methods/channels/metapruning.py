@@ -39,7 +39,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from secateur.allocate.structured import Normalise, Scope, target_of
+from secateur.allocate.structured import Normalise, Ranking, Scope, reachable
 from secateur.core import tags as t
 from secateur.core.budget import Budget, Quantity
 from secateur.core.errors import BudgetError, SettingsError
@@ -58,7 +58,7 @@ from secateur.shrink.cut import tensors_of
 from secateur.shrink.ending import EndSettings, StructuredEnd
 from secateur.shrink.structured import View, Work, begin, refuse_settings
 from secateur.structure.graph import graph_of
-from secateur.train.meta import MetaSettings, MetaTraining, Subject
+from secateur.train.meta import MetaSettings, MetaTraining, Subject, one_family
 from secateur.train.metanetwork import Metanetwork
 from secateur.train.part import Part
 from secateur.train.snapshot import model_state, put_back
@@ -141,7 +141,7 @@ def pruned(work: Work, settings: MetaPruningSettings) -> Decision:
     """
     aim, masks, scores = cost_aim(work), work.whole(), dict[str, Tensor]()
     for part in track(range(1, settings.parts + 1), work.task.progress, "pruning"):
-        share = part / settings.parts * (work.budget.sparsity if aim is None else LAST)
+        share = part / settings.parts * work.budget.sparsity if aim is None else min(part / settings.parts, LAST)
         scores = work.scores(importance, masks)
         masks = work.choose(scores, Budget(share, floor=work.budget.floor), masks)
         if aim is not None and aim(masks):
@@ -154,19 +154,13 @@ def pruned(work: Work, settings: MetaPruningSettings) -> Decision:
 
 def cost_aim(work: Work) -> Callable[[Mapping[str, Tensor]], bool] | None:
     """Whether masks are within a budget of cost; None where the budget is a share of the units."""
-    cost, budget = work.cost, work.budget
+    if work.budget.quantity is Quantity.MILLISECONDS:  # before anything is timed
+        raise BudgetError("this method stops by FLOPs, parameters, bytes or a sparsity; give one of these")
+    cost = work.cost
     if cost is None:
         return None
-    if budget.quantity is Quantity.MILLISECONDS:
-        raise BudgetError("this method stops by FLOPs, parameters, bytes or a sparsity; give one of these")
-    dense = cost({name: site.units for name, site in work.sites.items()})
-    least = cost({name: work.widths.rounded(site, 1) for name, site in work.sites.items()})
-    target = target_of(budget, dense)
-    if not least <= target <= dense:
-        raise BudgetError(
-            f"{budget} is out of reach: the sites that may be cut allow {least / dense:.4g} to 1 of the dense "
-            f"{budget.quantity}, {target / dense:.4g} was asked for"
-        )
+    equal = {name: torch.zeros(site.units) for name, site in work.sites.items()}
+    _, target = reachable(Ranking(work.sites, equal, work.widths), work.budget, cost)
     return lambda masks: cost({name: int(mask.sum()) for name, mask in masks.items()}) <= target
 
 
@@ -182,8 +176,8 @@ def opened(settings: MetaPruningSettings) -> Metanetwork:
     return Metanetwork.load(settings.metanetwork)
 
 
-def changed(net: Metanetwork, model: nn.Module, example: Batch) -> dict[str, Tensor]:
-    """The weights that a metanetwork gives a network: parameter name -> value, in the parameter's dtype.
+def changed(net: Metanetwork, model: nn.Module, example: Batch, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """The weights that a metanetwork gives a network: name of a wanted parameter -> value, in the parameter's dtype.
 
     Raises:
         ModelError: the network has no graph, or one of another family.
@@ -191,13 +185,13 @@ def changed(net: Metanetwork, model: nn.Module, example: Batch) -> dict[str, Ten
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         found = net.changed(graph_of(model, example), model.state_dict())
-    return {name: value.to(parameters[name]).clone() for name, value in found.items()}
+    return {name: value.to(parameters[name]).clone() for name, value in found.items() if wanted(name)}
 
 
 def plan(task: Task, settings: MetaPruningSettings) -> Decision:
     """New weights, and the cut that they allow."""
     work = found_in(task, settings)
-    weights = changed(opened(settings), task.model, work.example)
+    weights = changed(opened(settings), task.model, work.example, task.wants)
     with masked(task.model, Plan({}, {}, weights=weights)):
         decision = pruned(work, settings)
     decision.weights = weights
@@ -225,7 +219,7 @@ class Eased(StructuredEnd):
             return
         parameters = dict(run.model.named_parameters())
         with torch.no_grad():
-            for name, value in changed(self.net, run.model, self.work.example).items():
+            for name, value in changed(self.net, run.model, self.work.example, self.work.task.wants).items():
                 parameters[name].copy_(value)
         self.done = True
         run.log.append({"step": run.step, "what": "new weights", "density": 1.0})
@@ -354,6 +348,7 @@ def task_of(study: Study, model: nn.Module) -> Task:
 def subject_of(study: Study, settings: MetaPruningSettings, model: nn.Module) -> Subject:
     """A network of the study as something to learn on."""
     work = found_in(task_of(study, model.eval()), settings)
+    cost_aim(work)
     return Subject(model, graph_of(model, work.example), work.sites)
 
 
@@ -380,6 +375,7 @@ def metapruning(study: Study, settings: MetaPruningSettings) -> Findings:
     given = study.extras.get("training", getattr(study.fit, "data", None))
     batches = as_batches(study.extra("training", "metapruning") if given is None else given, settings.batch)
     subjects = [subject_of(study, settings, model) for model in data_models(study, settings)]
+    one_family(subjects)
     learn = max(1, len(subjects) - max(1, round(settings.held_out * len(subjects))))
     training = MetaTraining(study, subjects[:learn], batches, settings)
     epochs = training.run()
