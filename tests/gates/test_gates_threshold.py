@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from secateur.core.errors import BudgetError, ModelError, NumericsError
-from secateur.gates.threshold import frozen, long_tail, sigmoid_slope, soft_threshold, step_gate
+from secateur.gates.threshold import LongTail, SigmoidSlope, frozen, soft_threshold, step_gate
 
 
 def leaf(*values):
@@ -11,14 +11,14 @@ def leaf(*values):
 
 def test_long_tail_by_hand():
     z = torch.tensor([0.0, 0.1, -0.3, 0.4, 0.41, -1.0, 1.01, 2.9, -3.1], dtype=torch.float64)
-    assert long_tail()(z).tolist() == pytest.approx([2, 1.6, 0.8, 0.4, 0.4, 0.4, 0, 0, 0])
-    assert long_tail(3.0)(z).tolist() == pytest.approx([2, 1.6, 0.8, 0.4, 0.4, 0.4, 0.4, 0.4, 0])
+    assert LongTail()(z).tolist() == pytest.approx([2, 1.6, 0.8, 0.4, 0.4, 0.4, 0, 0, 0])
+    assert LongTail(3.0)(z).tolist() == pytest.approx([2, 1.6, 0.8, 0.4, 0.4, 0.4, 0.4, 0.4, 0])
 
 
 def test_sigmoid_slope_is_the_derivative_of_the_sigmoid():
     z = torch.linspace(-3, 3, 13, dtype=torch.float64, requires_grad=True)
     (expected,) = torch.autograd.grad(torch.sigmoid(2.5 * z).sum(), z)
-    torch.testing.assert_close(sigmoid_slope(2.5)(z.detach()), expected)
+    torch.testing.assert_close(SigmoidSlope(2.5)(z.detach()), expected)
 
 
 def test_step_gate_by_hand():
@@ -37,7 +37,7 @@ def test_the_surrogate_gradient_is_that_of_the_surrogates_integral():
     scores = torch.linspace(-2.9, 2.7, 23, dtype=torch.float64)
     ups = torch.cos(torch.arange(23, dtype=torch.float64))
     threshold = leaf(0.05)
-    step_gate(scores, threshold, long_tail(3.0)).backward(ups)
+    step_gate(scores, threshold, LongTail(3.0)).backward(ups)
 
     def integral(z):
         a = z.abs()
@@ -52,9 +52,9 @@ def test_a_fresh_threshold_is_not_dead():
     # standardised scores and a threshold that keeps nearly everything, as a run starts
     scores = torch.linspace(-1.7, 1.7, 16, dtype=torch.float64)
     alive, dead = leaf(-2.0), leaf(-2.0)
-    assert step_gate(scores, alive, long_tail(3.0)).sum() == 16
-    step_gate(scores, alive, long_tail(3.0)).sum().backward()
-    step_gate(scores, dead, sigmoid_slope(50.0)).sum().backward()  # too narrow: the trap
+    assert step_gate(scores, alive, LongTail(3.0)).sum() == 16
+    step_gate(scores, alive, LongTail(3.0)).sum().backward()
+    step_gate(scores, dead, SigmoidSlope(50.0)).sum().backward()  # too narrow: the trap
     assert alive.grad.item() < -3
     assert abs(dead.grad.item()) < 1e-3
 

@@ -10,15 +10,15 @@ from torch.nn import functional as F
 
 import secateur as sc
 from secateur.core.budget import Budget, Quantity
-from secateur.core.errors import BudgetError, ModelError
+from secateur.core.errors import BudgetError, ModelError, SettingsError
 from secateur.core.method import Batch
 from secateur.core.progress import Silent
-from secateur.gates.threshold import long_tail
+from secateur.gates.threshold import LongTail
 from secateur.lab.train import TrainJob, prepare
 from secateur.measure.flops import flops
 from secateur.methods.channels.lapp import Lapp, LappSettings
 from secateur.shrink.additions import additions_of
-from secateur.shrink.branches import find_branches
+from secateur.shrink.branches import branch_of, find_branches
 from secateur.shrink.bypass import Bypass
 
 FLOPS = Quantity.FLOPS
@@ -160,6 +160,19 @@ def test_scores_are_standardised_norms_and_masks_lie_above_the_threshold():
     torch.testing.assert_close(scale.scores(model.convs[1], model.norms[1]), expected)
 
 
+def test_scores_by_other_norms_and_the_surrogate_s_reach():
+    _, _, run = attached(score="l1", reach=1.0)
+    part, conv, norm = part_of(run), *part_of(run).layers["convs.1"]
+    sums = conv.weight.detach().abs().sum((1, 2, 3))
+    expected = (sums - sums.mean()) / sums.std(correction=0)
+    torch.testing.assert_close(part.thresholds["convs.1"].scores(conv, norm), expected, rtol=1e-4, atol=1e-4)
+    assert part.thresholds["convs.1"].slope(torch.tensor([0.9, 1.1])).tolist() == pytest.approx([0.4, 0])
+
+
+def test_coprime_layers_whose_by_pass_would_cost_as_much_get_none():
+    assert "would cost as much" in branch_of("conv", "norm", nn.Conv2d(18, 7, 1), LappSettings())
+
+
 def test_thresholds_feel_something_at_the_first_step():
     """The trap of a narrow surrogate: nothing would ever be pruned."""
     model, _, run = attached(start=-2.0)
@@ -200,7 +213,7 @@ def test_the_task_gradient_of_a_threshold_is_that_of_the_surrogate():
         shift = torch.zeros(12, dtype=torch.float64)
         shift[i] = 1e-7
         differences.append((loss(base + shift) - loss(base - shift)) / 2e-7)
-    expected = -(long_tail(3.0)(z) * torch.stack(differences)).sum()
+    expected = -(LongTail(3.0)(z) * torch.stack(differences)).sum()
     assert abs(float(expected)) > 1e-4
     torch.testing.assert_close(one.value.grad.double(), expected, rtol=1e-4, atol=1e-7)
 
@@ -261,6 +274,13 @@ def test_the_weight_of_the_constraint_doubles_late_in_the_phase():
 
 
 # --- the budget and the freezing ---------------------------------------------------------------------------
+
+
+def test_the_constraint_in_the_loss_has_the_weight_of_its_step():
+    _, _, run = attached(0.6, steps=100, phase=1.0)
+    early = run.penalty().item()
+    run.step = 90
+    assert run.penalty().item() == pytest.approx(8 * early)
 
 
 def test_masks_are_frozen_as_soon_as_the_target_is_met():
@@ -341,6 +361,17 @@ def test_parameters_are_counted_with_by_passes(normed):
     assert counted == part.costs.total(part.counts) <= 0.7 * sum(p.numel() for p in Net().parameters())
 
 
+def test_by_passes_are_never_free_in_what_is_reported():
+    """Whatever the budget counts: facts and log have FLOPs."""
+    model, optimizer, run = attached(0.5, steps=12, quantity=Quantity.SPARSITY, rate=20.0, fill=True)
+    advance(model, optimizer, run, 0, 12)
+    part, plan = part_of(run), run.finish()
+    frozen = next(entry for entry in run.log if entry["what"] == "freeze")
+    assert frozen["flops"] == pytest.approx(cost(sc.apply_(model, plan)))
+    assert frozen["bypasses"] > 0.05
+    assert all(plan.facts[f"{name}:filter"]["bypass_flops"] > 0 for name in part.branches)
+
+
 def test_a_sparsity_counts_filters():
     model, optimizer = (model := net()), sgd(model)
     run = sc.sparsify(model, optimizer, "lapp", 0.5, steps=12, rate=20.0, fill=True, phase=0.8)
@@ -386,7 +417,7 @@ def test_merged_by_passes_are_counted_where_they_still_run():
     plan = run.finish()
     assert plan.kept("convs.1:filter") == 12
     assert "convs.1" not in {one["conv"] for one in plan.additions}
-    assert plan.facts["convs.1:filter"]["bypass"] == 0
+    assert plan.facts["convs.1:filter"]["bypass_flops"] == 0
     sc.apply_(model, plan)
     torch.testing.assert_close(model(x), masked, rtol=0, atol=1e-5)
     assert not hasattr(model.norms[1], "bypass")
@@ -435,7 +466,7 @@ def test_the_plan_says_what_was_kept_and_what_by_passes_cost():
         assert (one["conv"], one["kept"]) == (name, None if len(kept) == len(gate) else kept)
         facts = plan.facts[f"{name}:filter"]
         assert facts["threshold"] == pytest.approx(float(part.thresholds[name].value.detach()), abs=1e-5)
-        assert facts["bypass"] == pytest.approx(part.costs.added[name] / part.costs.original, abs=1e-5)
+        assert facts["bypass_flops"] == pytest.approx(part.costs.added[name] / part.costs.original, abs=1e-5)
     frozen = next(entry for entry in run.log if entry["what"] == "freeze")
     assert frozen["bypasses"] == pytest.approx(sum(part.costs.added.values()) / part.costs.original)
     assert frozen["cost"] == pytest.approx(cost(sc.apply_(dense, plan)))
@@ -486,6 +517,116 @@ def test_kept_filters_can_be_pruned_again_and_go_with_their_places(tmp_path):
     loaded = sc.load(tmp_path / "again", factory=Net).eval()
     torch.testing.assert_close(loaded(x), model(x))
     assert [one["kept"] for one in additions_of(loaded)] == after
+
+
+# --- other people's loops ------------------------------------------------------------------------------------
+
+
+def test_a_loop_that_clears_the_model_s_gradients_only_trains_the_same():
+    """transformers' Trainer does; by-passes and thresholds are no parameters of the model."""
+    found = []
+    for owner in (0, 1):
+        things = attached(0.6, steps=6, rate=0.1)
+        for step in range(6):
+            things[owner].zero_grad()
+            x, y = batch(step)
+            (F.cross_entropy(things[0](x), y) + things[2].penalty()).backward()
+            things[1].step()
+        found.append(part_of(things[2]).bypasses["convs.1"].conv.weight.detach())
+    assert torch.equal(*found)
+
+
+def test_gradients_of_several_batches_add_up_in_by_passes_too():
+    model, optimizer, run = attached(0.6, steps=6)
+    grads = []
+    for step in range(2):
+        x, y = batch(step)
+        (F.cross_entropy(model(x), y) + run.penalty()).backward()
+        grads.append(part_of(run).bypasses["convs.1"].conv.weight.grad.clone())
+    assert not torch.allclose(grads[0], grads[1])
+    optimizer.step()
+    assert part_of(run).bypasses["convs.1"].conv.weight.grad is None
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_gradient_scaler_changes_nothing(fused):
+    """A fused optimiser leaves its factor in the gradients until its kernel runs."""
+    found = []
+    for scaling in (False, True):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, fused=fused)
+        _, _, run = attached(0.6, steps=6, model=model, optimizer=optimizer, rate=0.05)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=scaling)
+        for step in range(3):
+            x, y = batch(step)
+            optimizer.zero_grad()
+            scaler.scale(F.cross_entropy(model(x), y) + run.penalty()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        found.append((part_of(run).thresholds["convs.1"].value.item(), model.convs[1].weight.detach().clone()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
+    assert found[0][0] != -2
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_scaler_skips_is_none(fused):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, fused=fused)
+    _, _, run = attached(0.6, steps=6, model=model, optimizer=optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    before = part_of(run).thresholds["convs.1"].value.item()
+    for step, factor in enumerate((float("inf"), 1.0)):
+        x, y = batch(step)
+        model.zero_grad()
+        scaler.scale((F.cross_entropy(model(x), y) + run.penalty()) * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert run.step == step
+        assert (part_of(run).thresholds["convs.1"].value.item() == before) == (step == 0)
+
+
+def test_convolutions_may_be_called_by_keyword():
+    class Keyword(Net):
+        def forward(self, x):
+            for conv, norm in zip(self.convs, self.norms, strict=True):
+                x = norm(conv(input=x)).relu()
+            return self.head(x.mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, _, run = trained(0.6, model=Keyword())
+    x = batch(50)[0]
+    masked = model(x).detach()
+    torch.testing.assert_close(sc.apply_(model, run.finish())(x), masked, rtol=0, atol=1e-5)
+
+
+def hooks_on(model):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_what_is_refused_or_closed_leaves_the_model_and_the_optimiser_as_they_were():
+    state = attached(0.6, steps=12)[2].state_dict()
+    model, optimizer = net(), None
+    optimizer = sgd(model)
+    with pytest.raises(SettingsError, match="steps=12, this run has 13"):
+        attached(0.6, steps=13, model=model, optimizer=optimizer, state=state)
+    assert (hooks_on(model), len(optimizer.param_groups)) == (0, 1)
+    with torch.no_grad():
+        model.convs[1].weight.add_(1)
+    with pytest.raises(ModelError, match="not as it was at the checkpoint"):
+        attached(0.6, steps=12, model=model, optimizer=optimizer, state=state)
+    assert (hooks_on(model), len(optimizer.param_groups)) == (0, 1)
+    with attached(0.6, steps=12, model=model, optimizer=optimizer)[2]:
+        assert hooks_on(model)
+    assert (hooks_on(model), len(optimizer.param_groups)) == (0, 1)
+
+
+def test_copies_on_several_devices_are_refused():
+    model = net()
+    wrapped = nn.DataParallel(model, device_ids=[])
+    with pytest.raises(ModelError, match="lapp trains modules of its own beside the model's"):
+        sc.sparsify(wrapped, sgd(model), "lapp", budget=Budget(0.6, FLOPS), steps=4, example=EXAMPLE)
+    assert hooks_on(model) == 0
 
 
 # --- running it ------------------------------------------------------------------------------------------------

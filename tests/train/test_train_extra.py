@@ -20,8 +20,9 @@ from secateur.train.extra import Extra
 rank, home = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{home}/meeting", rank=rank, world_size=2)
 mine, idle = nn.Parameter(torch.tensor([1.0, 2.0])), nn.Parameter(torch.tensor([5.0]))
-optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
-extra = Extra(optimizer, [mine, idle])
+model = nn.Linear(1, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+extra = Extra(optimizer, [mine, idle], model)
 mine.grad = torch.tensor([2.0, 0.0]) * rank
 if rank:
     idle.grad = torch.tensor([4.0])
@@ -36,7 +37,7 @@ def made(kind=torch.optim.SGD, **options):
     layer = nn.Linear(2, 1)
     optimizer = kind([{"params": layer.parameters(), "lr_scale": 0.1}], **{"lr": 0.1, "weight_decay": 0.5} | options)
     own = nn.Parameter(torch.tensor([1.0, -2.0]))
-    return layer, optimizer, own, Extra(optimizer, [own])
+    return layer, optimizer, own, Extra(optimizer, [own], layer)
 
 
 def step(optimizer, *parameters):

@@ -8,6 +8,7 @@ scores lie far from the threshold: nothing is ever pruned and nothing says so. T
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,24 +22,28 @@ Slope = Callable[[Tensor], Tensor]
 """Of z = score - threshold: what stands for the derivative of the step at z, same shape."""
 
 
-def long_tail(reach: float = 1.0) -> Slope:
+@dataclass(frozen=True)
+class LongTail:
     """2 - 4|z| up to |z| = 0.4, then 0.4 up to `reach`, then 0 (Liu et al. 2020: reach 1)."""
 
-    def slope(z: Tensor) -> Tensor:
+    reach: float = 1.0
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The slope at z, same shape."""
         distance = z.abs()
-        return torch.where(distance <= 0.4, 2 - 4 * distance, 0.4 * (distance <= reach).to(z.dtype))
-
-    return slope
+        return torch.where(distance <= 0.4, 2 - 4 * distance, 0.4 * (distance <= self.reach).to(z.dtype))
 
 
-def sigmoid_slope(sharpness: float = 1.0) -> Slope:
+@dataclass(frozen=True)
+class SigmoidSlope:
     """The derivative of sigmoid(sharpness * z); about 0 beyond |z| = 10 / sharpness."""
 
-    def slope(z: Tensor) -> Tensor:
-        s = torch.sigmoid(sharpness * z)
-        return sharpness * s * (1 - s)
+    sharpness: float = 1.0
 
-    return slope
+    def __call__(self, z: Tensor) -> Tensor:
+        """The slope at z, same shape."""
+        s = torch.sigmoid(self.sharpness * z)
+        return self.sharpness * s * (1 - s)
 
 
 def step_gate(scores: Tensor, threshold: Tensor, slope: Slope | None = None, minimum: int = 0) -> Tensor:
@@ -60,7 +65,7 @@ def step_gate(scores: Tensor, threshold: Tensor, slope: Slope | None = None, min
         NumericsError: scores or threshold are NaN.
     """
     z = scores - threshold
-    return through(keep_above(scores, threshold, minimum), z, (slope or long_tail())(z.detach()))
+    return through(keep_above(scores, threshold, minimum), z, (slope or LongTail())(z.detach()))
 
 
 def soft_threshold(weight: Tensor, threshold: Tensor) -> Tensor:

@@ -93,9 +93,9 @@ class Bypass(nn.Module):
         found = None if places is None else torch.tensor(list(places), dtype=torch.int64, device=device)
         self.register_buffer(name, found)
 
-    def note(self, conv: nn.Module, args: tuple[Any, ...]) -> None:
+    def note(self, conv: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook of the convolution: what enters it."""
-        self._entered = conv, args[0]
+        self._entered = conv, (args or tuple(kwargs.values()))[0]
 
     def entered(self, norm: nn.Module) -> tuple[nn.Module, Tensor]:
         """The convolution and what it read; the branch follows the norm's mode, also where it only hangs beside."""
@@ -171,7 +171,10 @@ def reads(conv: nn.Conv2d, groups: int) -> Tensor:
 
 def hang(conv: nn.Module, norm: nn.Module, bypass: Bypass) -> list[Undo]:
     """Let a branch act, without being a part of the model."""
-    handles = [conv.register_forward_pre_hook(bypass.note), norm.register_forward_hook(bypass.add)]
+    handles = [
+        conv.register_forward_pre_hook(bypass.note, with_kwargs=True),
+        norm.register_forward_hook(bypass.add),
+    ]
     return [handle.remove for handle in handles]
 
 

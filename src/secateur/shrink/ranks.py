@@ -21,6 +21,7 @@ from secateur.data.running import evaluating, resized
 from secateur.measure.flops import flops
 from secateur.scores.spectrum import Rule, Spectrum, full_rank
 from secateur.structure.sites import weight_layers
+from secateur.train.sharding import whole
 
 
 def undecided(budget: Budget) -> bool:
@@ -274,7 +275,7 @@ def _values(layer: RankLayer, spectrum: Spectrum, rank: int) -> dict[str, Tensor
     first, second = (value.to(layer.weight.dtype).contiguous() for value in spectrum.factors(rank))
     found = {f"{layer.name}.first.weight": first, f"{layer.name}.second.weight": second}
     bias = getattr(layer.module, "bias", None)
-    return found | ({f"{layer.name}.second.bias": bias.detach().clone()} if isinstance(bias, Tensor) else {})
+    return found | ({f"{layer.name}.second.bias": whole(bias.detach()).clone()} if isinstance(bias, Tensor) else {})
 
 
 @dataclass

@@ -22,16 +22,37 @@ class Extra:
     Args:
         optimizer: any of torch's; gets one more group with the options of its first.
         parameters: in a fixed order.
+        model: what they train along with. Their gradients go with its own: after every step, and where the model's
+            were taken away (`model.zero_grad()` does not know these parameters).
         decay: decay them as the optimiser's first group decays; not at all by default.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], decay: bool = False):
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Iterable[nn.Parameter],
+        model: nn.Module,
+        decay: bool = False,
+    ):
         self.optimizer, self.parameters = optimizer, list(parameters)
         options = {key: value for key, value in optimizer.param_groups[0].items() if key not in ("params", "lr_scale")}
         options |= {} if decay else {"weight_decay": 0.0}
         optimizer.add_param_group(options | {"params": self.parameters})
         self.group = optimizer.param_groups[-1]
-        self._hook = optimizer.register_state_dict_post_hook(self._without)
+        self._hooks = [
+            optimizer.register_state_dict_post_hook(self._without),
+            optimizer.register_step_post_hook(lambda *_: self._clear()),
+            # no method of this object: copies of the model would copy it and the optimiser
+            model.register_forward_pre_hook(lambda module, args: self._follow(module)),
+        ]
+
+    def _clear(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _follow(self, model: nn.Module) -> None:
+        if torch.is_grad_enabled() and all(parameter.grad is None for parameter in model.parameters()):
+            self._clear()
 
     def _without(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         mine = next(i for i, group in enumerate(optimizer.param_groups) if group is self.group)
@@ -52,7 +73,8 @@ class Extra:
 
     def leave(self) -> None:
         """The optimiser is as if they had never been there."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         groups = self.optimizer.param_groups
         groups[:] = [group for group in groups if group is not self.group]
         for parameter in self.parameters:

@@ -23,11 +23,13 @@ class Part:
         needs_gradients: reads `run.gradient(name)` in `after_step`; dense gradients must be there.
         has_penalty: the loss must contain `sparsifier.penalty()`.
         ready_at_end: what stays is known only when training is over; no earlier state can be the result.
+        hangs: has modules of its own beside the model's, which wrappers that copy or spread the model do not know.
     """
 
     needs_gradients = False
     has_penalty = False
     ready_at_end = False
+    hangs = False
 
     def start(self, run: Sparsifier) -> None:
         """Once, when the sparsifier is attached."""
@@ -49,6 +51,9 @@ class Part:
 
     def finish(self, run: Sparsifier) -> None:
         """Training is over: make what was learned permanent."""
+
+    def close(self, run: Sparsifier) -> None:
+        """Take off what hangs beside the model; called in any case, also after a failure, perhaps twice."""
 
     def penalty(self, run: Sparsifier) -> Tensor | None:
         """A term of the loss for the batch that has just been run."""

@@ -117,7 +117,8 @@ class Sparsifier:
         warnings: sentences for the user.
 
     Raises:
-        ModelError: nothing to prune; a parameter is frozen or belongs to no optimiser group.
+        ModelError: nothing to prune; a parameter is frozen or belongs to no optimiser group; the model is spread over
+            processes or devices in a way that the method cannot follow.
         SettingsError, BudgetError: a schedule does not fit the training, a budget cannot be met.
     """
 
@@ -142,8 +143,33 @@ class Sparsifier:
         parameters = dict(self.model.named_parameters())
         weights = {name: parameters[name] for name in found.layers}
         refuse_outsiders(weights, optimizer)
+        if any(part.hangs for part in self.parts):
+            self._refuse_spread(model)
         self.masks = Masks(weights, optimizer)
-        self._edited, self._charged, self._closed = False, False, False
+        self._edited, self._charged, self._closed, self._skipped = False, False, False, False
+        self._handles: list[RemovableHandle] = []
+        if state is not None:
+            self._check_order(state["order"])
+        try:
+            self._begin(state)
+        except BaseException:
+            self.close()
+            raise
+        self._handles += [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def _refuse_spread(self, given: nn.Module) -> None:
+        spread = any(is_sharded(parameter) for parameter in self.model.parameters())
+        if spread or isinstance(given, nn.DataParallel):
+            what = "spread over processes" if spread else "copied to several devices (nn.DataParallel)"
+            raise ModelError(
+                f"{self.order.method} trains modules of its own beside the model's, and the model is {what}; train it "
+                "whole or with DistributedDataParallel"
+            )
+
+    def _begin(self, state: Mapping[str, Any] | None) -> None:
         self.masks.writes = state is None
         for part in self.parts:
             part.start(self)
@@ -153,10 +179,6 @@ class Sparsifier:
             self._project()
         else:
             self.load_state_dict(state)
-        self._handles: list[RemovableHandle] = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
 
     # --- what parts see -----------------------------------------------------------------------
 
@@ -251,8 +273,10 @@ class Sparsifier:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         itself, *others = args  # torch hands the optimizer over among its own arguments
         closure = others[0] if others else kwargs.get("closure")
+        self._skipped = self._unscaled(optimizer)
         if closure is None:
-            self._prepare()
+            if not self._skipped:
+                self._prepare()
             return None
 
         def and_prepare() -> Any:
@@ -264,6 +288,22 @@ class Sparsifier:
 
         return (itself, and_prepare, *others[1:]), {key: value for key, value in kwargs.items() if key != "closure"}
 
+    @staticmethod
+    def _unscaled(optimizer: torch.optim.Optimizer) -> bool:
+        """Take a gradient scaler's factor out of the gradients that a fused optimiser would take out in its kernel.
+
+        Returns:
+            Whether the kernel will skip this step, because a gradient is not finite.
+        """
+        scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        if overflow is not None and bool(overflow):
+            return True
+        if scale is not None:
+            for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+                parameter.grad.div_(scale.to(parameter.grad.device))
+            optimizer.grad_scale = None  # type: ignore[attr-defined]
+        return False
+
     def _prepare(self) -> None:
         if self.step >= self.steps:
             self.warn(f"training went on after the {self.steps} steps it was planned for; masks stay as they are")
@@ -274,6 +314,9 @@ class Sparsifier:
             part.before_step(self)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._skipped:
+            self._edited = self._charged = False
+            return
         self.step += 1
         self.masks.enforce()
         if self.step <= self.steps:
@@ -310,6 +353,8 @@ class Sparsifier:
         """Detach: nothing is enforced any more."""
         for handle in self._handles:
             handle.remove()
+        for part in self.parts:
+            part.close(self)
         self._closed = True
 
     def __enter__(self) -> Sparsifier:

@@ -47,6 +47,9 @@ CLAIMS = {
         "the same after plain training (both controls: TRP, with the nuclear norm)", "> 20", "both"
     ),
     "values": Expectation("largest number of singular values of at least 0.05 in a layer", "<= 10", "both"),
+    "values_plain": Expectation(
+        "the same after plain training (both controls: TRP, with the nuclear norm)", ">= 32", "both"
+    ),
     "flops": Expectation("share of the FLOPs that is left when layers are split", "<= 0.5", "both"),
 }
 
@@ -126,8 +129,9 @@ def at_ranks_of(split: nn.Module, model: nn.Module, seed: int | None = None) -> 
 
 def run(seed: int, progress: Progress) -> Mapping[str, Sample]:
     """All claims under one seed."""
-    plain, whole = trained(seed, progress, "plain training", truncate=False, nuclear=0.0)
-    nuclear, fewer = trained(seed, progress, "nuclear norm", truncate=False)
+    by_energy = {"truncate": False, "rule": "energy", "amount": 0.9}  # absolute values say nothing of these
+    plain, whole = trained(seed, progress, "plain training", nuclear=0.0, **by_energy)
+    nuclear, fewer = trained(seed, progress, "nuclear norm", **by_energy)
     ours, split = trained(seed, progress, "TRP with nuclear norm")
     alone, _ = trained(seed, progress, "TRP", nuclear=0.0)
     top = accuracy_of(plain)

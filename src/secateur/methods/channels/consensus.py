@@ -146,6 +146,7 @@ class ConsensusGates(Part):
     def __init__(self, settings: ConsensusSettings):
         self.settings = settings
         self.open: dict[str, Tensor] = {}
+        self.hung: list[Callable[[], None]] = []
 
     def start(self, run: Sparsifier) -> None:
         """Find the blocks, hang gates on them, give their parameters to the optimiser."""
@@ -158,8 +159,8 @@ class ConsensusGates(Part):
         self.costs = None if equal else torch.tensor([one.cost for one in self.gated for _ in range(one.units)])
         self.counts, self.samples = torch.zeros(sum(one.units for one in self.gated), dtype=torch.float64), 0
         self.gates = {one.name: self._gate(run, one) for one in self.gated}
-        self.extra = Extra(run.optimizer, [p for gate in self.gates.values() for p in gate.parameters()])
-        self.handles = [handle for one in self.gated for handle in self._hang(run.model, one)]
+        self.extra = Extra(run.optimizer, [p for gate in self.gates.values() for p in gate.parameters()], run.model)
+        self.hung = [self.extra.leave, *(handle.remove for one in self.gated for handle in self._hang(run.model, one))]
 
     def _gate(self, run: Sparsifier, one: Gated) -> PooledGate:
         block, own = run.model.get_submodule(one.block), self.settings
@@ -254,13 +255,15 @@ class ConsensusGates(Part):
                 f"training stopped after {run.step} of {run.steps} steps, before the gates had to agree; train on, "
                 "or plan with fewer steps"
             )
-        for handle in self.handles:
-            handle.remove()
-        self.extra.leave()
         self.counts, self.samples = agreed((self.counts, self.samples))
         self._report(run)
         for one in self.gated:
             self._silence(run, one)
+
+    def close(self, run: Sparsifier) -> None:
+        """Gates come off."""
+        for undo in self.hung:
+            undo()
 
     @torch.no_grad()
     def _silence(self, run: Sparsifier, one: Gated) -> None:

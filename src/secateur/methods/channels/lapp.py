@@ -37,11 +37,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from secateur.core import tags as t
+from secateur.core.budget import Budget, Quantity
 from secateur.core.errors import BudgetError
 from secateur.core.method import Decision, Group, Method, Protocol, matches
 from secateur.core.units import UnitKind
 from secateur.gates.budget import hinge_loss
-from secateur.gates.threshold import Slope, frozen, long_tail, sigmoid_slope, step_gate
+from secateur.gates.threshold import LongTail, SigmoidSlope, Slope, frozen, step_gate
 from secateur.shrink.branches import (
     Branch,
     BranchSettings,
@@ -51,7 +52,7 @@ from secateur.shrink.branches import (
     largest_within,
     target_in,
 )
-from secateur.shrink.bypass import Bypass, hang, make_bypass
+from secateur.shrink.bypass import Bypass, Undo, hang, make_bypass
 from secateur.train.extra import Extra
 from secateur.train.part import Part
 from secateur.train.sparsifier import Order, Sparsifier
@@ -96,7 +97,7 @@ class LappSettings(BranchSettings):
 
     def slope(self) -> Slope:
         """The surrogate."""
-        return long_tail(self.reach) if self.surrogate is Surrogate.LONG_TAIL else sigmoid_slope(self.sharpness)
+        return LongTail(self.reach) if self.surrogate is Surrogate.LONG_TAIL else SigmoidSlope(self.sharpness)
 
     def end(self, steps: int) -> int:
         """The step at which masks are frozen at the latest."""
@@ -150,10 +151,12 @@ class Lapp(Part):
 
     has_penalty = True
     ready_at_end = True
+    hangs = True
 
     def __init__(self, settings: LappSettings):
         self.settings = settings
         self.met: int | None = None
+        self.hung: list[Undo] = []
 
     def start(self, run: Sparsifier) -> None:
         """Find layers, hang by-passes beside them, give their parameters to the optimiser.
@@ -174,13 +177,16 @@ class Lapp(Part):
         self.branches = {one.conv: one for one in found}
         self.floor = max(self.settings.minimum, order.budget.floor)
         self.costs = costs_of(model, batch, found, order.budget)
+        self.flops = costs_of(model, batch, found, Budget(1.0, Quantity.FLOPS))
         self.target = target_in(self.costs, order.budget, self.floor)
         self.layers = {one.conv: (model.get_submodule(one.conv), model.get_submodule(one.norm)) for one in found}
         self.bypasses = {one.conv: self._bypass(run, one) for one in found}
         self.undo = {name: hang(*self.layers[name], bypass) for name, bypass in self.bypasses.items()}
+        self.hung = [undo for undos in self.undo.values() for undo in undos]
         self.counts = {name: branch.filters for name, branch in self.branches.items()}
         every = [p for bypass in self.bypasses.values() for p in bypass.parameters()]
-        self.extra = Extra(run.optimizer, every, decay=True)
+        self.extra = Extra(run.optimizer, every, model, decay=True)
+        self.hung.append(self.extra.leave)
 
     def _bypass(self, run: Sparsifier, one: Branch) -> Bypass:
         conv, _, bypass = make_bypass(run.model, one.addition())
@@ -237,7 +243,8 @@ class Lapp(Part):
 
     def _figures(self) -> dict[str, float]:
         kept, filters = sum(self.counts.values()), sum(self.costs.filters.values())
-        return {"density": kept / filters, "cost": self.costs.total(self.counts) / self.costs.original}
+        cost, flops = (one.total(self.counts) / one.original for one in (self.costs, self.flops))
+        return {"density": kept / filters, "cost": cost, "flops": flops}
 
     @torch.no_grad()
     def _freeze(self, run: Sparsifier, reached: bool) -> None:
@@ -260,7 +267,7 @@ class Lapp(Part):
         run.log.append({"step": run.step, "what": "freeze", **self._figures(), "bypasses": self._beside()})
 
     def _beside(self) -> float:
-        return sum(self.costs.beside(name, count) for name, count in self.counts.items()) / self.costs.original
+        return sum(self.flops.beside(name, count) for name, count in self.counts.items()) / self.flops.original
 
     def _hold(self, masks: Mapping[str, Tensor]) -> None:
         for name, mask in masks.items():
@@ -271,12 +278,12 @@ class Lapp(Part):
     def _drop(self, name: str) -> None:
         for undo in self.undo.pop(name):
             undo()
-        self.costs = replace(self.costs, added={**self.costs.added, name: 0.0})
+        self.costs, self.flops = (replace(one, added={**one.added, name: 0.0}) for one in (self.costs, self.flops))
 
     # --- the end, resuming ----------------------------------------------------------------------
 
     def finish(self, run: Sparsifier) -> None:
-        """Take the by-passes off: the plan has them.
+        """Nothing is left to do: masks are frozen, the plan has the by-passes.
 
         Raises:
             BudgetError: training stopped before masks were frozen.
@@ -286,9 +293,11 @@ class Lapp(Part):
                 f"training stopped after {run.step} of {run.steps} steps, before the target was met or the phase of "
                 f"{self.settings.end(run.steps)} steps over; train on, or plan with fewer steps"
             )
-        for undo in (one for undos in self.undo.values() for one in undos):
+
+    def close(self, run: Sparsifier) -> None:
+        """By-passes come off."""
+        for undo in self.hung:
             undo()
-        self.extra.leave()
 
     def decision(self, run: Sparsifier) -> Decision:
         """The filters that stay, narrow weights, and the by-passes with what they have learned."""
@@ -306,10 +315,10 @@ class Lapp(Part):
         return found
 
     def _facts(self, name: str) -> dict[str, float]:
-        """Threshold, and in shares of the original network what stays of the layer and what its by-pass costs."""
-        kept = self.counts[name] * self.costs.per_filter[name] / self.costs.original
-        beside = self.costs.beside(name, self.counts[name]) / self.costs.original
-        figures = {"threshold": float(self.thresholds[name].value.detach()), "cost": kept, "bypass": beside}
+        """Threshold, and in shares of the original network's FLOPs what stays of the layer and of its by-pass."""
+        kept = self.counts[name] * self.flops.per_filter[name] / self.flops.original
+        beside = self.flops.beside(name, self.counts[name]) / self.flops.original
+        figures = {"threshold": float(self.thresholds[name].value.detach()), "flops": kept, "bypass_flops": beside}
         return {key: round(value, 6) for key, value in figures.items()}
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,9 +17,10 @@ In the end weights are truncated once more; then values of at least 0.05 stay (t
 decoupled scheme 85 % of the energy. Absolute values depend on the weight decay: every layer keeps rank 1 at least,
 and a layer that loses more than 10 % of its energy is named. A sparsity above 0 or a budget decides instead.
 
-`reference=true` does what the official code does besides: no last truncation, strided layers stay whole in the channel
-and spatial schemes, and all others below full rank are split even where two layers are larger than one. Not taken
-over: a value rule that keeps nothing, failing decompositions that pass silently, and biases that make it stop.
+`reference=true` does what the official code does besides: no last truncation; at sparsity 0 strided layers stay whole
+in the channel and spatial schemes, and all others below full rank are split even where two layers are larger than
+one. Not taken over: a value rule that keeps nothing, failing decompositions that pass silently, biases that make it
+stop.
 """
 
 from __future__ import annotations
@@ -54,13 +55,17 @@ class TRPSettings(Settings):
         0.9, gt=0, le=1, description="e: share of the squared singular values that a truncation keeps"
     )
     nuclear: float = Field(3e-4, ge=0, description="lambda: weight of the nuclear norm at truncations; 0: none")
-    truncate: bool = Field(True, description="false: only the nuclear norm acts, as a control")
+    truncate: bool = Field(
+        True,
+        description="false: only the nuclear norm acts, as a control, along what a truncation would keep (energy=1 and "
+        "every=1: along all directions at every step, as the official program without truncation)",
+    )
     first: bool = Field(False, description="the network's first convolution too")
     rule: Rule | None = Field(
         None, description="at sparsity 0, what stays in the end; default: value, decoupled energy"
     )
     amount: float | None = Field(None, gt=0, description="how much of it; default: 0.05 of value, 0.85 of energy")
-    reference: bool = Field(False, description="the official end: strided layers stay whole, others are always split")
+    reference: bool = Field(False, description="the official end; at sparsity 0 strided layers stay whole")
 
     @property
     def ending(self) -> tuple[Rule, float]:
