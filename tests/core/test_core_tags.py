@@ -25,6 +25,28 @@ PLAIN = t.Tags(
 )
 
 
+SURVEY = {  # Cheng, Zhang, Shi 2023: their axes for papers of the list
+    "layer_lottery": {"speedup": "structured", "when": "before_training", "criterion": "sensitivity_saliency",
+                      "granularity": {"layer", "block"}, "schedule": "one_shot", "weights": "initialized"},
+    "trp": {"speedup": "structured", "when": "during_training", "criterion": "rank", "learn": "sparsity_regularization",
+            "fusion": "tensor_decomposition", "granularity": {"matrix", "rank"}, "schedule": "iterative",
+            "data": "data_free", "weights": "initialized"},
+    "oracle": {"speedup": "structured", "when": "after_training", "criterion": "loss_change", "granularity": {"filter"},
+               "schedule": "one_shot", "data": "data_driven", "weights": "pretrained"},
+    "lapp": {"speedup": "structured", "when": "during_training", "criterion": "lp_norm", "granularity": {"filter"},
+             "weights": "initialized"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SURVEY)
+def test_methods_are_where_the_survey_has_them(name):
+    tags = methods()[name].tags
+    for axis, expected in SURVEY[name].items():
+        found = getattr(tags, axis)
+        values = {one.value for one in found} if isinstance(found, frozenset) else {found.value}
+        assert {expected} <= values if isinstance(expected, str) else expected <= values, axis
+
+
 @st.composite
 def records(draw):
     values = {}

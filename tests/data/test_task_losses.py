@@ -1,5 +1,6 @@
 """Several targets in a batch, several losses of an output."""
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -84,6 +85,27 @@ def test_a_function_by_name():
 def test_wrong_functions_are_refused(function, said):
     with pytest.raises(SettingsError, match=said):
         mean_losses(nn.Identity(), split_batch(Batch((IMAGES,)), 3), function)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ([1.0, 2.0], r"\[1.0, 2.0\]"),
+        (None, "None"),
+        ("1.0", "'1.0'"),
+        (torch.ones(3), r"a torch.float32 tensor of shape \[3\]"),
+        (torch.ones((), dtype=torch.complex64), r"a torch.complex64 tensor of shape \[\]"),
+    ],
+)
+def test_values_that_are_no_scalars_are_refused_by_name(value, shown):
+    with pytest.raises(SettingsError, match=rf"loss 'a' is {shown}; it must be a scalar tensor or a number"):
+        mean_losses(nn.Identity(), [Batch((IMAGES,))], lambda out, batch: {"b": out.mean(), "a": value})
+
+
+def test_numbers_and_tensors_of_one_element_are_scalars():
+    values = {"a": 0.1, "b": 2, "c": numpy.float32(0.5), "d": torch.tensor([[3.0]]), "e": torch.tensor(4)}
+    found = mean_losses(nn.Identity(), [Batch((IMAGES,))], lambda out, batch: values)
+    assert found == {"a": 0.1, "b": 2.0, "c": 0.5, "d": 3.0, "e": 4.0}
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])

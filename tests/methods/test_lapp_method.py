@@ -14,6 +14,7 @@ from secateur.core.errors import BudgetError, ModelError, SettingsError
 from secateur.core.method import Batch
 from secateur.core.progress import Silent
 from secateur.gates.threshold import LongTail
+from secateur.lab.checks import lapp as check
 from secateur.lab.train import TrainJob, prepare
 from secateur.measure.flops import flops
 from secateur.methods.channels.lapp import Lapp, LappSettings
@@ -627,6 +628,11 @@ def test_copies_on_several_devices_are_refused():
     with pytest.raises(ModelError, match="lapp trains modules of its own beside the model's"):
         sc.sparsify(wrapped, sgd(model), "lapp", budget=Budget(0.6, FLOPS), steps=4, example=EXAMPLE)
     assert hooks_on(model) == 0
+
+
+def test_the_check_s_uniform_network_has_the_flops_that_are_asked_for():
+    share = check.flops_of(check.Net(*check.UNIFORM)) / check.flops_of(check.Net())
+    assert 0.98 * check.SHARE > share > 0.95 * check.SHARE
 
 
 # --- running it ------------------------------------------------------------------------------------------------

@@ -167,14 +167,15 @@ def test_losses_on_trial_are_those_of_the_masked_model():
 
 
 def test_every_step_obeys_its_tolerance_and_all_together_the_product():
-    found = one_pass().pruned()
+    run = one_pass()
+    found, visits = run.pruned(), {visit.place: visit for visit in run.visits}
     assert len(found) >= 2
     for one in found:
-        assert max(one.values[name] / one.visit.reference[name] for name in one.values) <= 1 + one.visit.tolerance
-    assert prod(1 + one.visit.tolerance for one in found) <= 4 * (1 + 1e-6)
-    run = one_pass()
-    after = run.trying.measured(as_removed(run.pruned()))
-    used = prod(1 + one.visit.tolerance for one in found)
+        visit = visits[one.place]
+        assert max(one.values[name] / visit.reference[name] for name in one.values) <= 1 + visit.tolerance
+    used = prod(1 + visits[one.place].tolerance for one in found)
+    assert used <= 4 * (1 + 1e-6)
+    after = run.trying.measured(as_removed(found))
     assert max(after[name] / run.before[name] for name in after) <= used * (1 + 1e-6)
 
 
@@ -219,7 +220,7 @@ def test_the_sum_of_the_losses_hides_a_task():
 
     run = one_pass(losses=summed, tolerance=0.1, total_tolerance=1.2)
     removed = as_removed(run.pruned())
-    used = prod(1 + one.visit.tolerance for one in run.pruned())
+    used = prod(1 + visit.tolerance for visit in run.visits if visit.place in removed)
     each = one_pass()
     after = each.trying.measured(removed)
     assert max(after[name] / each.before[name] for name in after) > used
@@ -228,7 +229,7 @@ def test_the_sum_of_the_losses_hides_a_task():
 def test_a_layer_that_is_too_sensitive_stays_whole_and_uses_up_nothing():
     strict = {"tolerance": 0.02, "total_tolerance": 1.05}  # 1.02 ** 3 = 1.061
     run = one_pass(**strict)
-    visits = {one.place: one for one in run.visits()}
+    visits = {one.place: one for one in run.visits}
     whole = [one for one in visits.values() if not one.accepted]
     assert whole
     assert len(whole) < 3
@@ -239,7 +240,12 @@ def test_a_layer_that_is_too_sensitive_stays_whole_and_uses_up_nothing():
     for name in run.order():
         assert visits[name].tolerance == pytest.approx(0.02 * run.factor**done)
         done += visits[name].accepted > 0
-    assert planned(**strict).masks[whole[0].place].all()
+    plan = planned(**strict)
+    assert run.forbidden() == {one.place: one.limiting for one in whole}
+    for one in whole:
+        assert plan.masks[one.place].all()
+        assert plan.facts[one.place][f"limit_{one.limiting}"] == 1
+        assert "tolerance" not in plan.facts[one.place]  # it uses up none
 
 
 def test_narrow_units_have_no_ratios_that_remove_nothing():
@@ -251,21 +257,58 @@ def test_narrow_units_have_no_ratios_that_remove_nothing():
     assert settings().ratios() == [round(0.05 * step, 2) for step in range(1, 20)]
 
 
+def test_a_cut_of_everything_leaves_one_filter():
+    def careless(out, batch):  # nothing forbids anything
+        return {"one": torch.tensor(1.0)}
+
+    assert settings(largest_cut=1.0).ratios()[-1] == 1
+    assert one_pass().trying.levels(INNER, [1.0]) == [19]
+    plan = planned(losses=careless, largest_cut=1.0)
+    assert {name: int(mask.sum()) for name, mask in plan.masks.items()} == {STEM: 1, INNER: 1, DOWN: 1}
+    assert one_pass().trying.measured({DOWN: 29, STEM: 23, INNER: 19}).keys() == {"kind", "mask"}
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_a_grid_without_a_ratio_is_refused(stops):
+    with pytest.raises(SettingsError, match=r"ratio_step=0\.5 is above largest_cut=0\.3"):
+        planned(ratio_step=0.5, largest_cut=0.3, stop_at_budget=stops)
+
+
+def test_later_units_are_ranked_without_what_is_already_gone():
+    cuts = one_pass().trying.cuts
+    alone, after = cuts.masks({INNER: 3})[INNER], cuts.masks({STEM: 1, INNER: 3})[INNER]
+    assert not torch.equal(alone, after)
+    weight, stem = MODEL.inner[0].weight.detach().abs(), cuts.masks({STEM: 1})[STEM]
+    for mask, norms in ((alone, weight.sum((1, 2, 3))), (after, weight[:, stem].sum((1, 2, 3)))):
+        assert set((~mask).nonzero().flatten().tolist()) == set(norms.argsort()[:3].tolist())
+
+
+def test_losses_are_measured_in_eval_mode_whatever_the_mode_is():
+    model = copy.deepcopy(MODEL).train()
+    model.stem.eval()
+    modes = [module.training for module in model.modules()]
+    found, expected = planned(model=model), planned()
+    assert all(torch.equal(found.masks[name], mask) for name, mask in expected.masks.items())
+    assert found.facts == expected.facts
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, MODEL.state_dict()[name]) for name, value in model.state_dict().items())
+
+
 def test_only_the_cheapest_share_is_pruned():
     run = one_pass(top=0.67)
-    every = run.candidates(run.visits())
+    every = run.candidates
     assert len(every) == 3
     total, last = sum(run.before.values()), run.trying.flops({})
     removed = {}
     for one in every:
-        removed[one.visit.place] = one.removed
+        removed[one.place] = one.removed
         left, now = run.trying.flops(removed), sum(one.values.values())
         assert one.cost == pytest.approx((now - total) / (last - left))
         total, last = max(total, now), left
     dearest = max(every, key=lambda one: one.cost)
     kept = run.cheapest(every)
-    assert [one.visit.place for one in kept] == [one.visit.place for one in every if one is not dearest]
-    assert planned(top=0.67).masks[dearest.visit.place].all()
+    assert [one.place for one in kept] == [one.place for one in every if one is not dearest]
+    assert planned(top=0.67).masks[dearest.place].all()
     with pytest.raises(BudgetError, match=r"top=0\.3"):
         planned(top=0.3)
 
@@ -275,23 +318,22 @@ def test_a_unit_that_nothing_limits():
         return {"mask": losses(out, batch)["mask"].detach()}  # with gradients it would be refused: a task has no loss
 
     ours, released = one_pass(losses=careless), one_pass(losses=careless, reference=True)
-    mine = {one.visit.place: one.removed for one in ours.pruned()}
-    theirs = {one.visit.place: one.removed for one in released.pruned()}
+    mine, theirs = as_removed(ours.pruned()), as_removed(released.pruned())
     assert mine[DOWN] == 28  # floor(0.95 * 30)
     assert theirs[DOWN] == 27  # floor(0.90 * 30)
-    order = [one.place for one in ours.visits()]
+    order = [one.place for one in ours.visits]
     assert order[0] == DOWN
-    assert [one.tolerance for one in released.visits()][:2] == [0.5, 0.5]
-    assert [one.tolerance for one in ours.visits()][:2] == pytest.approx([0.5, 0.5 * ours.factor])
+    assert [one.tolerance for one in released.visits][:2] == [0.5, 0.5]
+    assert [one.tolerance for one in ours.visits][:2] == pytest.approx([0.5, 0.5 * ours.factor])
 
 
 def test_the_task_can_be_chosen_first():
     first, worst = one_pass(watch="first"), one_pass()
-    for visit in first.visits():
+    for visit in first.visits:
         rises = {name: visit.values[0][name] / visit.reference[name] for name in visit.reference}
         chosen = max(rises, key=rises.get)
         assert visit.limiting in (chosen, None)
-    assert sum(one.accepted for one in first.visits()) >= sum(one.accepted for one in worst.visits())
+    assert sum(one.accepted for one in first.visits) >= sum(one.accepted for one in worst.visits)
 
 
 def test_a_pass_ends_at_the_budget():
@@ -311,6 +353,28 @@ def test_a_pass_ends_at_the_budget():
     units = planned(Budget(0.1), stop_at_budget=True)
     assert units.units()[0] <= 74 - 7  # floor(0.1 * 74)
     assert planned(Budget(0.0), stop_at_budget=True).sparsity == 0
+
+
+def test_a_pass_goes_on_until_what_the_filter_leaves_meets_the_budget():
+    asked = Budget(0.9, Quantity.FLOPS)
+    run = one_pass(budget=asked, stop_at_budget=True, top=0.34)  # one of three units
+    (kept,) = run.pruned()
+    assert run.trying.met({kept.place: kept.removed})
+    first = run.candidates[0]
+    assert first.place != kept.place
+    assert run.trying.met(as_removed([first, kept]))  # where the scan ended before
+    plan = planned(asked, stop_at_budget=True, top=0.34)
+    assert [name for name, mask in plan.masks.items() if not mask.all()] == [kept.place]
+    assert next(iter(plan.facts.values()))["flops_kept"] <= 0.9
+    assert not [line for line in plan.warnings if "asked for" in line]
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_a_budget_that_the_filter_misses_is_put_down_to_it(stops):
+    plan = planned(Budget(0.7, Quantity.FLOPS), stop_at_budget=stops, top=0.67)
+    (said,) = [line for line in plan.warnings if "asked for" in line]
+    assert "top=0.67 keeps whole 1 of the 3 units that the tolerances let go" in said
+    assert "tolerances allow no more" not in said
 
 
 def test_losses_that_cannot_be_compared_are_refused():
@@ -347,6 +411,7 @@ def test_the_plan_says_what_was_measured_and_the_model_is_as_it_was():
     for name in (name for name, mask in once.masks.items() if not mask.all()):
         assert {"visited", "tolerance", "flops_saved", "rise_kind", "rise_mask"} <= once.facts[name].keys()
     assert any("lambda" in line for line in once.warnings)
+    assert next(iter(once.facts.values()))["lambda"] == pytest.approx(one_pass().factor, abs=1e-6)
 
 
 def test_batches_can_be_capped():
@@ -413,11 +478,14 @@ def start():
 STATE = start()
 
 
-def study(fit=None, budget=0.2, folder=None, **more):
+def held_out():
     batch = images(40, 7, 0.3)
-    held_out = [(batch.args[0], batch.targets["kind"])]
+    return {"data": [(batch.args[0], batch.targets["kind"])]}
+
+
+def study(fit=None, budget=0.2, folder=None, data=held_out, **more):
     asked = {"tolerance": 0.1, "total_tolerance": 1.2, "top": 1.0, "rounds": 4} | more
-    extras = {"state": STATE, "data": held_out}
+    extras = {"state": STATE, **data()}
     budget = Budget(budget, Quantity.FLOPS)
     return sc.study(classifier, fit or fitting(), "pagcp", budget=budget, folder=folder, extras=extras, **asked)
 
@@ -440,6 +508,22 @@ def test_rounds_prune_what_is_left_and_retrain_until_the_budget_is_met():
         assert fitting().figures(model)["accuracy"] == found.rows[-1]["after"]["accuracy"]
 
 
+def test_rounds_may_reach_what_one_cannot():
+    found = study(budget=0.4, largest_cut=0.3)
+    assert len(found.rows) > 1
+    assert found.rows[0]["flops_kept"] > 0.4 >= found.rows[-1]["flops_kept"] > 0.2
+    assert found.summary["met"]
+    with pytest.raises(BudgetError, match="out of reach"):
+        planned(Budget(0.4, Quantity.FLOPS), largest_cut=0.3, stop_at_budget=True)
+
+
+def test_rounds_on_the_training_data_warn():
+    silent, spoken = (study(budget=0.5, rounds=1, data=data) for data in (held_out, dict))
+    for found, expected in ((silent, 0), (spoken, 1)):
+        for lines in (found.warnings, found.plan.warnings):
+            assert sum("on the training data of fit" in line for line in lines) == expected
+
+
 def test_a_killed_study_goes_on_to_the_same_bytes(tmp_path):
     straight = study(folder=tmp_path / "straight")
     with pytest.raises(KeyboardInterrupt):
@@ -454,6 +538,8 @@ def test_rounds_end_where_nothing_more_goes():
     found = study(budget=0.05, tolerance=0.002, total_tolerance=1.003, rounds=6)
     assert 1 < len(found.rows) < 6
     assert found.rows[-1]["units"] == {}
+    assert found.rows[-1]["forbidden"]
+    assert set(found.rows[-1]["forbidden"].values()) == {"loss"}
     assert found.rows[-1]["flops_kept"] == found.rows[-2]["flops_kept"]
     assert (found.summary["asked"], found.summary["met"]) == ("flops 0.05", False)
     assert any("nothing more can be removed" in line for line in found.warnings)
@@ -493,5 +579,23 @@ def test_losses_without_gradients_are_taken_as_they_are():
     def counted(out, batch):
         return {name: value.detach() for name, value in losses(out, batch).items()}
 
-    one, two = (sc.plan(MODEL, "pagcp", budget=ALL, data=HELD_OUT, losses=way, **FREE) for way in (losses, counted))
-    assert all(torch.equal(two.masks[site], mask) for site, mask in one.masks.items())
+    def half(out, batch):  # of the head of the mask nothing can be told
+        found = losses(out, batch)
+        return {"kind": found["kind"], "mask": found["mask"].detach()}
+
+    def of_numpy(out, batch):
+        return {name: value.numpy().item() for name, value in losses(out, batch).items()}
+
+    expected = planned()
+    for way in (counted, half, of_numpy):
+        found = planned(losses=way)
+        assert all(torch.equal(found.masks[site], mask) for site, mask in expected.masks.items())
+
+
+def test_losses_may_be_tensors_of_one_element():
+    def one_element(out, batch):
+        found = losses(out, batch)
+        return {"kind": found["kind"][None], "mask": found["mask"]}
+
+    expected, found = planned(), planned(losses=one_element)
+    assert all(torch.equal(found.masks[site], mask) for site, mask in expected.masks.items())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isnan
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from secateur.core.errors import DataError, SecateurError, SettingsError
 from secateur.core.imports import imported
 from secateur.core.method import Batch
+from secateur.core.trees import tensors_in
 from secateur.data.batches import logits_of, loss_of, run
 from secateur.data.running import device_of
 
@@ -66,7 +68,7 @@ def mean_losses(model: nn.Module, batches: Sequence[Batch], losses: TaskLosses) 
     totals: dict[str, float] = {}
     for place, batch in enumerate(batches):
         moved = batch.to(device_of(model))
-        values = _values(losses, run(model, moved), moved)
+        values = {name: float(value) for name, value in _scalars(losses, run(model, moved), moved).items()}
         if place and values.keys() != totals.keys():
             raise SettingsError(f"losses named {sorted(totals)} on the first batch and {sorted(values)} on another one")
         for name, value in values.items():
@@ -75,7 +77,7 @@ def mean_losses(model: nn.Module, batches: Sequence[Batch], losses: TaskLosses) 
     return {name: total / samples for name, total in totals.items()}
 
 
-def _values(losses: TaskLosses, output: Any, batch: Batch) -> dict[str, float]:
+def _scalars(losses: TaskLosses, output: Any, batch: Batch) -> dict[str, Tensor]:
     try:
         found = losses(output, batch)
     except SecateurError:
@@ -85,16 +87,22 @@ def _values(losses: TaskLosses, output: Any, batch: Batch) -> dict[str, float]:
         raise SettingsError(f"the losses {name_of(losses)} failed: {type(error).__name__}: {error}") from error
     if not isinstance(found, Mapping) or not found:
         raise SettingsError(f"the losses {name_of(losses)} must be a mapping of names to scalars, not {found!r:.60}")
-    for name, value in found.items():
-        if torch.as_tensor(value).numel() != 1:
-            raise SettingsError(f"loss '{name}' is {list(value.shape)}; it must be a scalar, the mean over the batch")
-    return {str(name): float(value) for name, value in found.items()}
+    return {str(name): _scalar(str(name), value) for name, value in found.items()}
+
+
+def _scalar(name: str, value: Any) -> Tensor:
+    if isinstance(value, Real):
+        return torch.tensor(float(value), dtype=torch.float64)
+    if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
+        what = f"a {value.dtype} tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.60}"
+        raise SettingsError(f"loss '{name}' is {what}; it must be a scalar tensor or a number, the mean over the batch")
+    return value.reshape(())
 
 
 def refuse_heads_without_loss(model: nn.Module, batch: Batch, losses: TaskLosses) -> None:
     """Parameters that matter to an output and to no loss are of a task that nothing would protect.
 
-    Nothing is said of losses that cannot be differentiated.
+    Nothing is said where some loss cannot be differentiated: what that one reads cannot be told.
 
     Raises:
         SettingsError: there are such parameters; names their module.
@@ -102,14 +110,15 @@ def refuse_heads_without_loss(model: nn.Module, batch: Batch, losses: TaskLosses
     moved = batch.to(device_of(model))
     with torch.enable_grad():
         output = run(model, moved)
-        judged = [value for value in losses(output, moved).values() if torch.as_tensor(value).requires_grad]
-        results = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+        try:
+            judged = [*_scalars(losses, output, moved).values()]
+        except SettingsError:
+            return  # it runs without gradients only: of numpy, for example
+        results = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
         given = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not judged or not results or not given:
+        if not all(value.requires_grad for value in judged) or not results or not given:
             return
-        of_losses = torch.autograd.grad(
-            torch.stack(judged).sum(), [*given.values()], retain_graph=True, allow_unused=True
-        )
+        of_losses = torch.autograd.grad(judged, [*given.values()], retain_graph=True, allow_unused=True)
         total = torch.stack([tensor.sum().float() for tensor in results]).sum()
         of_outputs = torch.autograd.grad(total, [*given.values()], allow_unused=True)
     for name, loss, result in zip(given, of_losses, of_outputs, strict=True):
@@ -119,16 +128,6 @@ def refuse_heads_without_loss(model: nn.Module, batch: Batch, losses: TaskLosses
                 f"an output that {name_of(losses)} does not look at, so whatever only that task needs would go; give "
                 "losses=module.path:function with a loss for every task"
             )
-
-
-def _tensors(item: Any) -> Iterator[Tensor]:
-    if isinstance(item, Tensor):
-        yield item
-    elif isinstance(item, Mapping):
-        yield from _tensors(tuple(item.values()))
-    elif isinstance(item, (list, tuple)):
-        for one in item:
-            yield from _tensors(one)
 
 
 def refuse_unusable(losses: Mapping[str, float]) -> None:

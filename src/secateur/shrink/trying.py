@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from secateur.allocate.adaptive import Goal
@@ -63,12 +63,15 @@ class Trying:
         return f"{shares} of the {quantity if quantity in COSTS or quantity is Quantity.PARAMETERS else 'units'}"
 
     def levels(self, name: str, ratios: Sequence[float]) -> list[int]:
-        """How many units of a site go at ratios of its present width: `floor(ratio * width)`.
+        """How many units of a site go at ratios of its present width: `floor(ratio * width)`, but never all.
 
         Widths that machines or the code ask for are kept; zeros and repetitions are left out.
         """
         site, width = self.work.sites[name], self.cuts.counts({})[name]
-        kept = [self.work.widths.rounded(site, Budget(ratio).keep(width)) for ratio in ratios]
+        gone = [min(Budget(ratio, Quantity.DENSITY).keep(width), width - 1) for ratio in ratios]
+        # the largest ratio bounds what goes from the present width, not from the dense one
+        widths = replace(self.work.widths, smallest_share=(width - max(gone, default=0)) / site.units)
+        kept = [widths.rounded(site, width - count) for count in gone]
         return sorted({width - count for count in kept if count < width})
 
     def refuse_unreachable(self, ratios: Sequence[float]) -> None:

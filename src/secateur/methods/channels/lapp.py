@@ -14,13 +14,16 @@ layer may go down to one filter, and its cost depends on its own filters only. I
 
 RECONSTRUCTED: there is no official code, and of the paper only the abstract could be had (learnable threshold per
 layer, FLOPs constraint, both losses, gradual, in the first epochs, light by-pass per convolution from the start).
-Score, estimator, form of the constraint, by-pass, rates and phase are ours and settings.
+Score, estimator, form of the constraint, by-pass, rates and phase are ours, and settings but for the constraint's form.
+What is masked is cut out when the training is over, not when masks are frozen: a training with the user's own loop and
+optimiser goes on with the tensors it knows, and gets no cheaper before its end.
 
 A budget in FLOPs or parameters counts by-passes in and is a share of the original network; a sparsity counts filters.
 It is met from above and frozen at once, so the result lies a little below; `fill` gives back what overshot. A
 phase that ends too early raises all thresholds by the amount that meets the budget, and says so.
 By-passes train in the optimiser's last group: make learning rate schedulers after attaching. Until `finish` they are
-no part of the model: its state dict is as ever, theirs is in `sparsifier.state_dict()`.
+no part of the model: its state dict is as ever, theirs is in `sparsifier.state_dict()`. Copies for averages of weights
+(EMA) take by-passes along as they were when copied, so average after `finish`, or not at all.
 """
 
 from __future__ import annotations
@@ -355,8 +358,8 @@ method = Method(
     tags=t.Tags(
         speedup=frozenset({t.Speedup.STRUCTURED}),
         when=frozenset({t.When.DURING_TRAINING}),
-        criterion=frozenset({t.Criterion.LEARNED, t.Criterion.MAGNITUDE}),
-        granularity=frozenset({t.Granularity.CHANNEL}),
+        criterion=frozenset({t.Criterion.LEARNED, t.Criterion.LP_NORM}),
+        granularity=frozenset({t.Granularity.CHANNEL, t.Granularity.FILTER}),
         schedule=t.Schedule.ITERATIVE,
         data=t.Data.DATA_DRIVEN,
         weights=t.Weights.INITIALIZED,

@@ -13,10 +13,14 @@ Ye, Zhang, Chen, Fan, Wang 2023, IEEE TPAMI. A unit is a group of layers whose c
 The losses are the caller's: `losses` names a function (output, batch) -> {task: mean loss}; targets of several tasks
 come as a mapping. A filter's size is its L1 norm; of tied layers, the sum of their mean |w|; of what is left of it.
 
-The budget ends a pass as soon as it is met (`stop_at_budget`); where tolerances end it earlier the plan says so. Cost
-per FLOP is, as in the released code, what a unit adds to the total loss so far, and not to the dense one. That code
-(YOLOv5 only) does not prune a unit that nothing limits until the end, and then at 0.90: `reference=True`.
-The paper's figure chooses the task first: `watch=first`.
+The budget ends a pass as soon as the units that the filter would leave pruned meet it (`stop_at_budget`); where they
+never do the plan says why. Cost per FLOP is, as in the released code, what a unit adds to the total loss so far, and
+not to the dense one. That code (YOLOv5 only) does not prune a unit that nothing limits until the end, and then at 0.90:
+`reference=True`. The paper's figure chooses the task first: `watch=first`.
+
+Ratios with floor(q C) = 0 are left out and use up no tolerance. In the released code they use up none either, but a
+unit that accepts no other ratio is a candidate: it saves nothing and may take one of the filter's places from another.
+`reference=True` does not copy that.
 """
 
 from __future__ import annotations
@@ -25,14 +29,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, field_serializer
+from pydantic import Field, field_serializer, model_validator
 
 from secateur.allocate.tolerances import tolerance_factor
 from secateur.core import tags as t
 from secateur.core.budget import Budget, Quantity
-from secateur.core.errors import BudgetError, DataError
+from secateur.core.errors import BudgetError, DataError, SettingsError
 from secateur.core.method import Decision, Group, Method, Protocol, Task
 from secateur.core.units import UnitKind
 from secateur.data.losses import TaskLosses, losses_from, name_of, refuse_heads_without_loss, refuse_unusable
@@ -86,10 +90,36 @@ class PagcpSettings(StructuredSettings):
     def _name(self, losses: str | TaskLosses) -> str:
         return name_of(losses)
 
+    @model_validator(mode="after")
+    def _some_ratio(self) -> Self:
+        if not self.ratios():
+            raise SettingsError(
+                f"ratio_step={self.ratio_step:g} is above largest_cut={self.largest_cut:g}, so that pagcp has no ratio "
+                "to try; take a smaller ratio_step or a larger largest_cut"
+            )
+        return self
+
     def ratios(self) -> list[float]:
         """The grid, ascending."""
         count = int(self.largest_cut / self.ratio_step + 1e-9)
-        return [round(self.ratio_step * step, 12) for step in range(1, count + 1)]
+        return [min(round(self.ratio_step * step, 12), self.largest_cut) for step in range(1, count + 1)]
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """How far a unit may go.
+
+    Attributes:
+        place: the unit.
+        removed: its filters that go.
+        values: the tasks' losses when they went.
+        written: whether later units were tried on top of it.
+    """
+
+    place: str
+    removed: int
+    values: Mapping[str, float]
+    written: bool
 
 
 @dataclass(frozen=True)
@@ -97,14 +127,14 @@ class Pruned:
     """A unit that is really pruned or could be.
 
     Attributes:
-        visit: of the scan.
+        place: the unit.
         removed: its filters that go.
         values: the tasks' losses when they went.
         cost: what that added to the total loss, per FLOP saved.
         saved: FLOPs.
     """
 
-    visit: Visit
+    place: str
     removed: int
     values: Mapping[str, float]
     cost: float
@@ -138,6 +168,7 @@ class Pass:
         cuts = InOrder(work, start, 1 if settings.norm is Norm.L1 else 2)
         self.trying = Trying(work, cuts, task.batches[: settings.max_batches or None], losses)
         self.settings, self.progress, self.warnings = settings, task.progress, list[str]()
+        self._values: dict[tuple[str, int], dict[str, float]] = {}
         self.before = self.trying.measured({})
         refuse_unusable(self.before)
         refuse_heads_without_loss(task.model, task.batches[0], losses)
@@ -161,69 +192,95 @@ class Pass:
         """Scan and filter; the units that are pruned, in the order of the scan.
 
         Raises:
-            BudgetError: the budget is out of reach, or the tolerances let nothing go.
+            BudgetError: the filter leaves no unit, or the tolerances let nothing go.
             DataError: a loss is not positive.
         """
-        if self.settings.stop_at_budget:
-            self.trying.refuse_unreachable(self.settings.ratios())
-        visits = self.visits()
-        candidates = self.candidates(visits)
-        found = self.cheapest(candidates)
-        if visits and not found:
-            self._say_nothing_goes(visits, candidates)
+        if not self.places:
+            raise BudgetError(
+                f"pagcp can remove nothing: top={self.settings.top:g} of {len(self.trying.cuts.sites)} units is less "
+                "than one; raise it"
+            )
+        found = self.cheapest(self.candidates)
+        if self.visits and not found:
+            self._say_nothing_goes()
         self._caveats()
         return found
 
+    @cached_property
+    def places(self) -> int:
+        """How many units the filter lets through: floor(P n), n all units there are."""
+        return Budget(self.settings.top, Quantity.DENSITY).keep(len(self.trying.cuts.sites))
+
+    @cached_property
     def visits(self) -> list[Visit]:
         """The greedy scan."""
         settings = self.settings
         return scan_greedily(
             {name: self.trying.levels(name, settings.ratios()) for name in self.order()},
-            self.trying.measured,
+            self._measured,
             Guard(dict(self.before), settings.tolerance, self.factor),
             watch=settings.watch,
-            enough=self.trying.met if settings.stop_at_budget else never,
+            enough=self._enough if settings.stop_at_budget else never,
             unlimited=not settings.reference,
             progress=self.progress,
         )
 
-    def candidates(self, visits: Sequence[Visit]) -> list[Pruned]:
+    def _measured(self, removed: Taken) -> dict[str, float]:
+        """Every task's loss, kept under the unit on trial: the scan comes to it only once."""
+        values = self._values[next(reversed(removed.items()))] = self.trying.measured(removed)
+        return values
+
+    def _enough(self, removed: Taken) -> bool:
+        """Whether the budget is met by those of the units that the filter would let through."""
+        if not self.trying.met(removed):
+            return False
+        accepted = [Accepted(*step, self._values[step], written=True) for step in removed.items()]
+        return self.trying.met(as_removed(self.cheapest(self._priced(accepted))))
+
+    @cached_property
+    def candidates(self) -> list[Pruned]:
         """The units that may go, with what each costs on top of those before it."""
+        return self._priced([one for visit in self.visits if (one := self._accepted(visit))])
+
+    def _priced(self, accepted: Sequence[Accepted]) -> list[Pruned]:
         found, total, removed = list[Pruned](), sum(self.before.values()), Taken()
-        for visit in visits:
-            index = self._accepted(visit)
-            if index is None:
-                continue
+        for one in accepted:
             left = self.trying.flops(removed)
-            removed[visit.place] = visit.levels[index]
-            saved, now = left - self.trying.flops(removed), sum(visit.values[index].values())
-            found.append(
-                Pruned(visit, visit.levels[index], visit.values[index], (now - total) / (saved + LEAST), saved)
-            )
-            total = max(total, now) if visit.written else total
+            removed[one.place] = one.removed
+            saved, now = left - self.trying.flops(removed), sum(one.values.values())
+            found.append(Pruned(one.place, one.removed, one.values, (now - total) / (saved + LEAST), saved))
+            total = max(total, now) if one.written else total
         return found
 
-    def _accepted(self, visit: Visit) -> int | None:
-        """Which level of a unit counts; None where it stays whole."""
-        if visit.written or not visit.accepted:
-            return visit.accepted - 1 if visit.accepted else None
-        shorter = self.trying.levels(visit.place, self.settings.ratios()[:-1])
-        return len(shorter) - 1 if shorter else None
+    def _accepted(self, visit: Visit) -> Accepted | None:
+        """How far a unit may go; None where it stays whole."""
+        count = visit.accepted
+        if count and not visit.written:
+            count = len(self.trying.levels(visit.place, self.settings.ratios()[:-1]))
+        if not count:
+            return None
+        return Accepted(visit.place, visit.levels[count - 1], visit.values[count - 1], visit.written)
 
     def cheapest(self, candidates: Sequence[Pruned]) -> list[Pruned]:
-        """The floor(P n) candidates of least cost, n all units there are."""
-        count = Budget(self.settings.top, Quantity.DENSITY).keep(len(self.trying.cuts.sites))
-        chosen = sorted(range(len(candidates)), key=lambda index: candidates[index].cost)[:count]
+        """The layer filter: the candidates of least cost, as many as there are places."""
+        chosen = sorted(range(len(candidates)), key=lambda index: candidates[index].cost)[: self.places]
         return [candidates[index] for index in sorted(chosen)]
 
-    def _say_nothing_goes(self, visits: Sequence[Visit], candidates: Sequence[Pruned]) -> None:
-        if candidates:
-            reason = f"top={self.settings.top:g} of {len(self.trying.cuts.sites)} units is less than one; raise it"
-        else:
-            reason = _smallest_rise(visits)
+    def _say_nothing_goes(self) -> None:
+        reason = _smallest_rise(self.visits)
         if all(bool(mask.all()) for mask in self.trying.cuts.start.values()):
             raise BudgetError(f"pagcp can remove nothing: {reason}")
         self.warnings.append(f"the rounds end here, nothing more can be removed: {reason}")
+
+    def shortfall(self, found: Sequence[Pruned]) -> str:
+        """Why the units that are pruned do not meet the budget, and what to change."""
+        if self.trying.met(as_removed(self.candidates)):
+            dropped = len(self.candidates) - len(found)
+            return (
+                f"top={self.settings.top:g} keeps whole {dropped} of the {len(self.candidates)} units that the "
+                "tolerances let go, and all of them together would meet it; raise top"
+            )
+        return "the tolerances allow no more; raise tolerance, total_tolerance or top"
 
     def _caveats(self) -> None:
         if self.factor > 1:
@@ -239,18 +296,22 @@ class Pass:
                 )
 
     def facts(self, found: Sequence[Pruned]) -> dict[str, dict[str, float]]:
-        """Unit -> what its visit came to: losses as factors of those before it."""
-        dense = self.trying.flops({})
+        """Unit that is pruned -> what its visit came to: losses as factors of those before it."""
+        dense, visits = self.trying.flops({}), {visit.place: visit for visit in self.visits}
         return {
-            one.visit.place: {
+            one.place: {
                 "visited": float(number),
-                "tolerance": one.visit.tolerance,
+                "tolerance": visits[one.place].tolerance,
                 "flops_saved": one.saved / dense,
-                **{f"rise_{name}": value / one.visit.reference[name] for name, value in one.values.items()},
-                **{f"limit_{name}": 1.0 for name in (one.visit.limiting,) if name is not None},
+                **{f"rise_{name}": value / visits[one.place].reference[name] for name, value in one.values.items()},
+                **{f"limit_{name}": 1.0 for name in (visits[one.place].limiting,) if name is not None},
             }
             for number, one in enumerate(found, 1)
         }
+
+    def forbidden(self) -> dict[str, str]:
+        """Unit that stays whole because its smallest cut is too much -> the task that it is too much for."""
+        return {one.place: one.limiting for one in self.visits if one.limiting and not one.accepted}
 
 
 def _smallest_rise(visits: Sequence[Visit]) -> str:
@@ -268,7 +329,7 @@ def _smallest_rise(visits: Sequence[Visit]) -> str:
 
 def as_removed(found: Sequence[Pruned]) -> Taken:
     """Site -> filters that go, in the order of the scan."""
-    return {one.visit.place: one.removed for one in found}
+    return {one.place: one.removed for one in found}
 
 
 def never(removed: Taken) -> bool:
@@ -277,18 +338,26 @@ def never(removed: Taken) -> bool:
 
 
 def plan(task: Task, settings: PagcpSettings) -> Decision:
-    """One round: scan, filter, masks of what is left."""
+    """One round: scan, filter, masks of what is left.
+
+    Raises:
+        BudgetError: one round cannot reach the budget, or nothing can go.
+    """
     run = Pass(task, settings)
+    if settings.stop_at_budget:
+        run.trying.refuse_unreachable(settings.ratios())
     found = run.pruned()
     cuts, removed = run.trying.cuts, as_removed(found)
     if not run.trying.met(removed):
         run.warnings.append(
-            f"{run.trying.work.budget} was asked for and {run.trying.achieved(removed)} is left: the tolerances allow "
-            "no more; raise tolerance, total_tolerance or top, or retrain in rounds (secateur study)"
+            f"{run.trying.work.budget} was asked for and {run.trying.achieved(removed)} is left: "
+            f"{run.shortfall(found)}, or retrain in rounds (secateur study)"
         )
     decision = run.trying.work.conclude(cuts.masks(removed), cuts.ranked(removed) if task.keep_scores else {})
     decision.warnings += run.warnings
-    for name, figures in run.facts(found).items():
+    decision.facts[next(iter(decision.sites))]["lambda"] = round(run.factor, 6)
+    limits = {name: {f"limit_{loss}": 1.0} for name, loss in run.forbidden().items()}
+    for name, figures in {**limits, **run.facts(found)}.items():
         decision.facts.setdefault(name, {}).update({key: round(value, 6) for key, value in figures.items()})
     return decision
 
@@ -297,11 +366,23 @@ def rounds(study: Study, settings: PagcpSettings) -> Findings:
     """Prune and retrain in turns until the budget is met; a row per round with every unit's share.
 
     `make` gives the trained model, or extras={"state": its weights}; extras["calibration"] or extras["data"] are the
-    held-out data that losses are measured on. Findings hold the trained weights at the dense shape and a plan.
+    held-out data that losses are measured on; without them the training data of `fit` stand in, and the findings warn.
+    What one round cannot reach the next ones may, so that they begin in any case. Findings hold the trained weights at
+    the dense shape and a plan.
+
+    Raises:
+        SettingsError: no data.
+        BudgetError: nothing can go in the first round.
     """
-    data = study.extras.get("calibration", study.extras.get("data", getattr(study.fit, "data", None)))
+    held_out = study.extras.get("calibration", study.extras.get("data"))
+    data = getattr(study.fit, "data", None) if held_out is None else held_out
     asked = replace(study, extras={**study.extras, "calibration": data})
     turns = Interleaved(asked, settings.rounds, None, "pagcp", settings.model_dump(mode="json"))
+    if held_out is None:
+        turns.warnings.append(
+            "losses are measured on the training data of fit, on which pruning looks better than it is; give held-out "
+            "data as extras={'calibration': ...}"
+        )
 
     def shrink(task: Task, masks: Masks, number: int) -> tuple[Work, Shrunk]:
         more = {
@@ -318,6 +399,7 @@ def rounds(study: Study, settings: PagcpSettings) -> Findings:
             "flops_kept": trying.flops(removed) / trying.work.structure.flops({}),
             "met": met,
             "units": run.facts(found),
+            "forbidden": run.forbidden(),
         }
         counts = trying.cuts.counts(removed)
         shrunk = Shrunk(trying.cuts.masks(removed), {}, counts, len(found), run.warnings, details, met or not found)
