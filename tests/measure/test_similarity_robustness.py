@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.core.errors import DataError
+from secateur.core.errors import DataError, ModelError
 from secateur.core.method import Batch
 from secateur.data.dataset import DataKind, Dataset
+from secateur.measure import similarity
 from secateur.measure.robustness import SEVERITIES, Corruption, corrupted, robustness
 from secateur.measure.similarity import last_features, linear_cka
 from secateur.measure.training_cost import energy, step_times
+from secateur.stats.output_layer import OutputLayer, output_layer
 
 
 def features(columns, seed=0, rows=40):
@@ -25,6 +27,23 @@ def test_linear_cka_equals_the_alignment_of_centred_kernels():
     expected = float((k * l).sum() / (k.norm() * l.norm()))
     assert linear_cka(x, y) == pytest.approx(expected)
     assert 0.2 < expected < 0.99
+
+
+@pytest.mark.parametrize("columns", [(5, 7), (5, 200), (200, 300)])
+def test_both_forms_of_linear_cka_are_equal(columns, monkeypatch):
+    x, y = features(columns[0]), features(columns[1], 1)
+    x, y = (one - one.mean(0) for one in (x, y + 0.3 * x.mean(1, keepdim=True)))
+    monkeypatch.setattr(similarity, "ROWS", 16)  # 40 samples: the last part is smaller
+    for a, b in zip(similarity._by_features(x, y), similarity._by_samples(x, y), strict=True):
+        assert a == pytest.approx(b, rel=1e-9)
+    common, squares = similarity._by_features(x, y)
+    assert linear_cka(x, y) == pytest.approx(common / squares**0.5, rel=1e-9)
+
+
+def test_linear_cka_of_many_features_makes_no_matrix_of_features():
+    """400,000 features squared would be 1.2 TB."""
+    x = features(400_000, rows=6)
+    assert linear_cka(x, 2 * x) == pytest.approx(1)
 
 
 def test_linear_cka_sees_neither_rotation_nor_scale_nor_shift():
@@ -42,7 +61,55 @@ def test_last_features_are_what_enters_the_head():
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
     data = pictures()
     with torch.no_grad():
-        assert torch.equal(last_features(model, data, 7), model[:3](data.inputs))
+        assert torch.equal(last_features(model, list(data.batches(7))), model[:3](data.inputs))
+
+
+class HeadFirst(nn.Module):
+    """The head is registered before the layers that run before it; `after` is what happens to its output."""
+
+    def __init__(self, after=lambda x: x):
+        super().__init__()
+        self.head, self.side, self.body = nn.Linear(8, 3), nn.Linear(8, 2), nn.Linear(16, 8)
+        self.after = after
+
+    def forward(self, x):
+        hidden = torch.tanh(self.body(x.flatten(1)))
+        out = self.head(hidden)
+        self.side(hidden)  # runs last, but the output is not its
+        return self.after(out)
+
+
+def test_last_features_enter_the_layer_that_makes_the_output_wherever_it_is_registered():
+    model, data = HeadFirst(lambda x: x.squeeze()), pictures()
+    with torch.no_grad():
+        expected = torch.tanh(model.body(data.inputs.flatten(1)))
+    assert torch.equal(last_features(model, list(data.batches(7))), expected)
+
+
+@pytest.mark.parametrize(
+    ("after", "found"),
+    [
+        (lambda x: x, OutputLayer("head", exact=True)),
+        (lambda x: x[:, :2], OutputLayer("head", exact=True)),
+        (lambda x: x.log_softmax(1), OutputLayer("side", exact=False)),
+    ],
+)
+def test_the_output_layer_is_the_one_whose_output_is_the_models(after, found):
+    model = HeadFirst(after).train()
+    assert output_layer(model, Batch((torch.rand(4, 16),))) == found
+    assert model.training
+    assert not model.head._forward_hooks
+
+
+def test_a_transformers_model_that_returns_a_copy_names_its_output_layer():
+    model = HeadFirst(lambda x: 2 * x)
+    model.get_output_embeddings = lambda: model.head
+    assert output_layer(model, Batch((torch.rand(4, 16),))) == OutputLayer("head", exact=True)
+
+
+def test_a_model_without_layers_has_no_output_layer():
+    with pytest.raises(ModelError, match="no output layer"):
+        output_layer(nn.Flatten(), Batch((torch.rand(4, 2, 8),)))
 
 
 def pictures(count=30, channels=1, scale=1.0, shift=0.0):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
-from residual_models import After, Before, made, vgg
+from residual_models import After, Before, ResNet, made, vgg
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,14 +17,19 @@ from secateur import zoo
 from secateur.core.budget import Quantity
 from secateur.core.errors import BudgetError, DataError, ModelError, NumericsError, SettingsError
 from secateur.core.method import Batch
+from secateur.core.progress import Silent
 from secateur.core.seeding import generator
 from secateur.data.batches import as_batches
 from secateur.data.dataset import DataKind, Dataset
 from secateur.measure import flops, parameters
+from secateur.methods.depth import layer_lottery
+from secateur.scores.blocks import Aggregate
 from secateur.scores.pls import importance_in_projection
 from secateur.scores.sensitivity import halves
 from secateur.shrink.depth import remove_blocks_
-from secateur.shrink.filters import count_filters
+from secateur.shrink.filters import InnerFilters, count_filters
+from secateur.stats.block_outputs import block_outputs, mean_absolute
+from secateur.structure.analysis import analyse
 
 CLASSES = 4
 
@@ -121,6 +127,105 @@ def test_grasp_draws_the_head_anew_for_scoring_only():
     assert scores(planned(model)) == scores(planned(louder))
     assert scores(planned(model, fresh_head=False)) != scores(planned(louder, fresh_head=False))
     assert torch.equal(louder.head.weight, model.head.weight * 5)
+
+
+class HeadFirst(ResNet):
+    """The same network, with the head registered before the blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self._modules["stages"] = self._modules.pop("stages")
+
+
+def test_the_head_that_is_drawn_anew_is_the_layer_that_makes_the_output():
+    torch.manual_seed(0)
+    model = HeadFirst()
+    assert list(model._modules)[-1] == "stages"
+    base = scores(planned(model))
+    louder, other = copy.deepcopy(model), copy.deepcopy(model)
+    with torch.no_grad():
+        louder.head.weight.mul_(5)
+        other.stages[2][2].conv1.weight.mul_(torch.linspace(0.5, 2, 16)[:, None, None, None])
+        other.stages[2][2].conv2.weight.mul_(5)
+    assert scores(planned(louder)) == base
+    assert scores(planned(other)) != base
+
+
+def text_model(tied):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=32,
+        max_position_embeddings=16,
+        tie_word_embeddings=tied,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def scaled(model, name, factor):
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.get_parameter(name).mul_(factor)
+    return twin
+
+
+def test_a_tied_head_stays_as_it_is_and_no_block_is_drawn_anew():
+    text = torch.randint(0, 32, (40, 8), generator=torch.Generator().manual_seed(0))
+    tied, free = text_model(True), text_model(False)
+    (warning,) = planned(tied, p=1, data=text).warnings
+    assert "'lm_head.weight' is tied to 'model.embed_tokens.weight'" in warning
+    assert not planned(tied, p=1, data=text, fresh_head=False).warnings
+    assert not planned(tied, p=1, data=text, criterion="snip").warnings
+    assert not planned(free, p=1, data=text).warnings
+    last = "model.layers.2.mlp.down_proj.weight"
+    for model in (tied, free):
+        assert scores(planned(scaled(model, last, 7), p=1, data=text)) != scores(planned(model, p=1, data=text))
+    louder = scaled(free, "lm_head.weight", 7)
+    assert scores(planned(louder, p=1, data=text)) == scores(planned(free, p=1, data=text))
+
+
+class InPlace(nn.Module):
+    """x + f(x), written into what the last layer returns."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x):
+        out = self.outer(torch.tanh(self.inner(x)))
+        out += x
+        return out
+
+
+class Bare(nn.Module):
+    """Blocks whose end is the model's output, or its logarithmic softmax."""
+
+    def __init__(self, softmax=False):
+        super().__init__()
+        self.blocks, self.softmax = nn.ModuleList(InPlace(CLASSES) for _ in range(4)), softmax
+
+    def forward(self, x):
+        x = x[:, 0, :CLASSES, 0]
+        for block in self.blocks:
+            x = block(x)
+        return x.log_softmax(1) if self.softmax else x
+
+
+@pytest.mark.parametrize(
+    ("softmax", "reason"), [(False, "'blocks.3.outer' lies in the block 'blocks.3'"), (True, "no linear layer makes")]
+)
+def test_without_a_head_nothing_is_drawn_anew(softmax, reason):
+    torch.manual_seed(0)
+    model = Bare(softmax)
+    plan = planned(model)
+    assert [warning for warning in plan.warnings if reason in warning]
+    assert scores(plan) == scores(planned(model, fresh_head=False))
 
 
 def test_scoring_changes_nothing_in_the_model_and_depends_on_the_seed_only():
@@ -251,12 +356,50 @@ def test_no_stage_becomes_empty():
     assert all(int(mask.sum()) >= 2 for mask in floored.masks.values())
 
 
+def test_a_list_shorter_than_the_floor_stays_whole_and_takes_nothing_from_the_others():
+    model = made(blocks=4)
+    model.stages[1] = model.stages[1][:2]
+    budget = sc.Budget(0.0, floor=3)
+    plan = sc.plan(model, "layer_lottery", budget=budget, p=(2,), strict=False, criterion="l1", data=DATA)
+    assert [int(mask.sum()) for mask in plan.masks.values()] == [3, 2, 3]
+
+
 def test_a_sparsity_is_a_share_of_the_blocks_that_can_go():
     model = made(blocks=5)
     plan = sc.plan(model, "layer_lottery", sparsity=0.4, data=DATA)  # of 9
     assert len(gone(plan)) == 3
     assert len(gone(sc.plan(model, "layer_lottery", budget=sc.Budget(5, Quantity.UNITS), data=DATA))) == 4
     assert gone(sc.plan(model, "layer_lottery", sparsity=0.0, data=DATA)) == []
+
+
+class NamedStages(ResNet):
+    """Blocks with names instead of numbers."""
+
+    def __init__(self):
+        super().__init__(blocks=4)
+        for index, stage in enumerate(self.stages):
+            self.stages[index] = nn.Sequential(OrderedDict((f"block_{i}", block) for i, block in enumerate(stage)))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_blocks_with_names_go_like_numbered_ones_and_come_back_from_disk(strict, tmp_path):
+    model = made(blocks=4)
+    named = NamedStages().eval()
+    named.load_state_dict(dict(zip(named.state_dict(), model.state_dict().values(), strict=True)))
+    plans = [
+        sc.plan(one, "layer_lottery", 0, p=(3,), data=DATA, strict=strict, keep_scores=True) for one in (model, named)
+    ]
+    assert gone(plans[0]) == gone(plans[1])
+    assert scores(plans[0]) == scores(plans[1])
+    whole = [f"stages.{s}.block_{i}" for s in range(3) for i in range(4)]
+    kept = [name for name in whole if name.replace("block_", "") not in gone(plans[1])]
+    cut = sc.apply_(named, plans[1])
+    assert [f"stages.{s}.{leaf}" for s in range(3) for leaf in cut.stages[s]._modules] == kept
+    sc.save(cut, tmp_path / "out", plans[1], factory="test_layer_lottery:NamedStages")
+    again = sc.load(tmp_path / "out", trust_factory=True)
+    with torch.no_grad():
+        expected = sc.apply_(model, plans[0])(DATA.inputs)
+        assert torch.equal(again(DATA.inputs), expected)
 
 
 # --- the surgery ------------------------------------------------------------------------------------
@@ -319,6 +462,27 @@ def test_every_block_of_the_papers_networks_costs_the_share_that_the_paper_print
         assert count_filters(model) - count_filters(cut) == 2 * 16 * 2**stage  # 1232 -> 1200 for the first
 
 
+@pytest.mark.parametrize("aggregate", list(Aggregate))
+def test_the_control_of_filters_takes_exactly_the_lowest_inner_ones(aggregate):
+    model, example = made(), Batch((DATA.inputs[:2],))
+    blocks = [f"stages.{s}.{i}" for s in range(3) for i in range(3)]
+    inner = InnerFilters(model, example, analyse(model, example), blocks)
+    rng = torch.Generator().manual_seed(0)
+    values = {n: torch.randn(p.shape, generator=rng) for n, p in model.named_parameters() if p.dim() > 1}
+    by_hand = {
+        (block, index): float(one.sum() if aggregate is Aggregate.SUM else one.mean())
+        for block in blocks
+        for index, one in enumerate(values[f"{block}.conv1.weight"])
+    }
+    plan = inner.lowest(values, 20, aggregate)
+    found = set()
+    for name, mask in plan.masks.items():
+        places = [place.parameter for place in plan.sites[name].occurrences]
+        (block,) = [name.removesuffix(".conv1.weight") for name in places if name.endswith("conv1.weight")]
+        found |= {(block, index) for index, stays in enumerate(mask.tolist()) if not stays}
+    assert found == set(sorted(by_hand, key=by_hand.get)[:20])
+
+
 # --- what is refused --------------------------------------------------------------------------------
 
 
@@ -346,6 +510,48 @@ def test_numbers_out_of_reach_are_refused_with_the_range():
         sc.plan(model, "layer_lottery", sparsity=0, p=(1, 2), data=DATA)
     with pytest.raises(BudgetError, match=r"cannot remove 8 of the 7"):
         planned(made(blocks=3), p=8)
+
+
+@pytest.mark.parametrize("criterion", ["l1", "expect_abs", "hrank", "kl", "pls", "grasp"])
+@pytest.mark.parametrize("quantity", [Quantity.FLOPS, Quantity.PARAMETERS])
+def test_where_nothing_may_go_a_budget_of_cost_is_refused_before_scoring(criterion, quantity, monkeypatch):
+    monkeypatch.setattr(layer_lottery, "block_scores", None)
+    with pytest.raises(BudgetError, match="no residual block can be removed: all are left out by include and exclude"):
+        sc.plan(
+            made(), "layer_lottery", budget=sc.Budget(0.9, quantity), data=DATA, exclude=("*",), criterion=criterion
+        )
+
+
+@pytest.mark.parametrize("criterion", ["l1", "expect_abs", "pls"])
+def test_where_nothing_may_go_and_nothing_has_to_the_plan_is_empty(criterion):
+    assert gone(sc.plan(made(), "layer_lottery", 0.0, data=DATA, exclude=("*",), criterion=criterion)) == []
+
+
+def test_where_no_block_is_in_reach_the_reason_is_given():
+    model, one = made(blocks=3), "stages.0.1"
+    others = tuple(f"stages.{s}.{i}" for s in range(3) for i in range(3) if f"stages.{s}.{i}" != one)
+    for settings, reason in (
+        ({"exclude": ("*",)}, "include and exclude, or by strict=true"),
+        ({"exclude": ("*",), "strict": False}, "include and exclude$"),
+        ({"exclude": others, "strict": False}, "1 may go, but one of these, and 1 of every list, must stay$"),
+        ({"budget": sc.Budget(0.0, floor=3), "strict": False}, "7 may go, but one of these, and 3 of every list"),
+    ):
+        budget = settings.pop("budget", sc.Budget(0.0))
+        with pytest.raises(BudgetError, match=f"^no residual block can be removed: .*{reason}"):
+            sc.plan(model, "layer_lottery", budget=budget, p=(2,), data=DATA, criterion="l1", **settings)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("criterion", ["hrank", "expect_abs", "pls", "kl", "grasp", "snip", "l1"])
+def test_data_that_the_model_does_not_take_is_refused_before_scoring(criterion, strict, monkeypatch):
+    monkeypatch.setattr(layer_lottery, "block_scores", None)
+    with pytest.raises(ModelError, match=r"ResNet cannot be run on inputs of shape \[2, 1, 8, 8\]"):
+        sc.plan(made().to(torch.bfloat16), "layer_lottery", 0, p=(1,), criterion=criterion, data=DATA, strict=strict)
+
+
+def test_outputs_of_blocks_on_data_that_does_not_fit_are_refused_in_a_sentence():
+    with pytest.raises(ModelError, match="cannot be run on inputs of shape"):
+        block_outputs(made(), [Batch((torch.rand(2, 5, 8, 8),))], ["stages.0.0"], mean_absolute, Silent())
 
 
 @pytest.mark.parametrize("quantity", [Quantity.FLOPS, Quantity.PARAMETERS])

@@ -8,14 +8,16 @@ import pytest
 import torch
 from procedure_tools import Dying
 from residual_models import ResNet
-from test_layer_lottery import DATA, images
+from test_layer_lottery import DATA, NamedStages, images
 from torch import nn
 
 import secateur as sc
-from secateur.core.errors import BudgetError, SettingsError
+from secateur.core.budget import Quantity
+from secateur.core.errors import BudgetError, DataError, ModelError, SettingsError
 from secateur.core.seeding import seeded
 from secateur.measure import accuracy, parameters
 from secateur.methods.depth.layer_lottery import LayerLotterySettings
+from secateur.shrink import race
 from secateur.shrink.filters import count_filters
 from secateur.shrink.race import judged
 from secateur.train.loop import Fitting, Recipe
@@ -51,8 +53,8 @@ class Watched:
 
 
 def study(fit=None, p=(2,), **more):
-    settings = {"strict": False, "repeats": 1, "robust": False} | more
-    return sc.study(make, fit or fitting(), "layer_lottery", sparsity=0, p=p, **settings)
+    settings = {"strict": False, "repeats": 1, "robust": False, "budget": sc.Budget(0.0)} | more
+    return sc.study(make, fit or fitting(), "layer_lottery", p=p, **settings)
 
 
 def initial(seed=0):
@@ -105,6 +107,8 @@ def test_rows_say_what_a_ticket_loses_saves_and_resembles():
     assert ticket["seconds"] == pytest.approx(ticket["step_ms"] * T / 1000)
     assert ticket["kwh"] == pytest.approx(ticket["seconds"] / 3600)
     assert ticket["co2_kg"] == pytest.approx(0.5 * ticket["kwh"])
+    assert ticket["speedup"] == pytest.approx(dense["step_ms"] / ticket["step_ms"])
+    assert ticket["co2_saved"] == pytest.approx(100 * (1 - ticket["co2_kg"] / dense["co2_kg"]))
     assert {kind: len(values) for kind, values in ticket["robustness"].items()} == {
         "noise": 5,
         "blur": 5,
@@ -114,6 +118,45 @@ def test_rows_say_what_a_ticket_loses_saves_and_resembles():
     assert any("estimates" in warning and "1000 W" in warning for warning in found.warnings)
     assert not any("similarity" in warning for warning in found.warnings)
     assert any("similarity" in warning for warning in study(p=(1,)).warnings)
+
+
+def test_robustness_of_a_ticket_is_its_own_minus_that_of_the_dense_network(monkeypatch):
+    monkeypatch.setattr(race, "robustness", lambda model, *_: {"noise": [parameters(model), 2.0 * parameters(model)]})
+    dense, ticket = study(extras={"data": HELD_OUT}, robust=True).rows
+    less = ticket["parameters"] - dense["parameters"]
+    assert less < 0
+    assert ticket["robustness"] == {"noise": [less, 2.0 * less]}
+
+
+def test_held_out_samples_may_be_pairs():
+    pairs = [(batch.args[0], batch.target) for batch in HELD_OUT.batches(15)]
+    settings = {"p": (3,), "robust": True}
+    found, expected = (study(extras={"data": data}, **settings).rows for data in (pairs, HELD_OUT))
+    for row, other in zip(found, expected, strict=True):
+        assert row["cka"] == pytest.approx(other["cka"], rel=1e-6)
+        assert row["robustness"] == other["robustness"]
+    unlabelled = study(extras={"data": [HELD_OUT.inputs]}, **settings).rows
+    assert unlabelled[1]["cka"] == pytest.approx(expected[1]["cka"], rel=1e-6)
+    assert "robustness" not in unlabelled[1]
+
+
+@pytest.mark.parametrize("version", ["initial", "trained"])
+@pytest.mark.parametrize(
+    ("data", "error", "words"),
+    [(3, DataError, "data must be"), ([(torch.rand(2, 5, 8, 8), torch.zeros(2).long())], ModelError, "cannot be run")],
+)
+def test_held_out_samples_that_are_none_are_refused_before_any_training(data, error, words, version):
+    fit = Watched()
+    with pytest.raises(error, match=words):
+        study(fit, extras={"data": data}, version=version)
+    assert fit.calls == []
+
+
+def test_random_blocks_leave_as_many_in_a_list_as_the_floor_says():
+    """Of 3 + 2 + 2 blocks that can go 3 may: one of every list."""
+    for seed in range(3):
+        found = study(p=(), budget=sc.Budget(4 / 7, Quantity.DENSITY, floor=2), controls=("random",), seed=seed)
+        assert [row["victims"] for row in found.rows[1:]] == [{f"stages.{s}": 1 for s in range(3)}] * 2
 
 
 def test_a_ticket_wins_within_xi():
@@ -165,6 +208,32 @@ def test_what_is_found_is_the_trained_ticket_as_a_cut_of_the_dense_network():
     sc.apply_(model, found.plan)
     assert same(model_state(model), fit.calls[-1][3])
     assert found.plan.provenance[0].method == "layer_lottery"
+    planned = sc.plan(initial(), "layer_lottery", sparsity=0, p=(3,), strict=False, data=DATA)
+    assert found.plan.facts == planned.facts
+    assert "score_0" in found.plan.facts["stages.0"]
+
+
+def test_the_ticket_of_blocks_with_names_is_found_in_the_dense_networks_names():
+    fit = Watched()
+    found = sc.study(NamedStages, fit, "layer_lottery", sparsity=0, p=(3,), strict=False, repeats=1)
+    with seeded(0):
+        model = NamedStages()
+    model.load_state_dict(found.state)
+    sc.apply_(model, found.plan)
+    assert same(model_state(model), fit.calls[-1][3])
+    assert all("block_" in name for name in found.rows[1]["removed"])
+
+
+def test_a_study_says_where_the_head_stays_and_what_l1_is():
+    assert any("l1 tells stages apart" in warning for warning in study(criterion="l1").warnings)
+
+    class Loud(ResNet):
+        def forward(self, x):
+            return super().forward(x).log_softmax(1)
+
+    settings = {"p": (1,), "strict": False, "repeats": 1}
+    found = sc.study(Loud, fitting(), "layer_lottery", sparsity=0, **settings)
+    assert any("no linear layer makes the model's output" in warning for warning in found.warnings)
 
 
 # --- the classic lottery -----------------------------------------------------------------------------
@@ -185,6 +254,8 @@ def test_the_classic_lottery_scores_after_training_and_rewinds_weights_and_rates
     plan = sc.plan(dense, "layer_lottery", 0, p=(2,), criterion="kl", strict=False, data=DATA)
     assert {name: int((~mask).sum()) for name, mask in plan.masks.items()} == found.rows[1]["victims"]
     assert any("not counted" in warning for warning in found.warnings)
+    dense_row, _, late_row = found.rows
+    assert late_row["co2_saved"] == pytest.approx(100 * (1 - late_row["step_ms"] / dense_row["step_ms"] * (T - 3) / T))
 
 
 def test_rewinding_the_rates_alone_keeps_the_trained_weights():
@@ -216,6 +287,10 @@ def test_what_does_not_go_together_is_refused():
         study(rewind=(0.5,))
     with pytest.raises(SettingsError, match="shares"):
         study(version="trained", rewind=(1.0,))
+    fit = Watched()
+    with pytest.raises(SettingsError, match=r"rewind=\(0\.5, 0\.99\) of steps=6 .* would not be trained"):
+        study(fit, version="trained", rewind=(0.5, 0.99))
+    assert fit.calls == []
     with pytest.raises(SettingsError, match="scores whole blocks"):
         study(criterion="expect_abs", controls=("filters",))
 

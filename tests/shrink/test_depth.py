@@ -1,6 +1,7 @@
 """Removing blocks equals skipping them, on every family; indices, counts and per-layer lists follow."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from torch import nn
 
 import secateur as sc
 from secateur.core.errors import PlanError
+from secateur.shrink.depth import renumbered
 
 GONE = [1, 3]
 KEPT = [0, 2, 4]
@@ -160,6 +162,96 @@ def test_sequential_stays_a_sequential_and_runs():
     sc.apply_(model, block_plan(model, "blocks", [0, 5]))
     assert type(model.blocks) is nn.Sequential
     torch.testing.assert_close(model(x), expected, atol=1e-6, rtol=0)
+
+
+NAMES = ("enter", "layer_1", "layer_2", "last")
+
+
+class Named(nn.Module):
+    """Blocks with names, or with numbers that do not begin at 0."""
+
+    def __init__(self, gappy: bool = False):
+        super().__init__()
+        blocks = [Residual(4) for _ in NAMES]
+        self.blocks = nn.Sequential(OrderedDict(zip(NAMES, blocks, strict=True)))
+        if gappy:
+            self.blocks = nn.Sequential(Residual(4), *blocks)[1:]
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.blocks(x))
+
+
+def named() -> nn.Module:
+    return Named()
+
+
+def gappy() -> nn.Module:
+    return Named(gappy=True)
+
+
+@pytest.mark.parametrize(("make", "kept"), [(named, ["enter", "layer_2"]), (gappy, ["1", "3"])])
+def test_blocks_with_names_keep_them_and_come_back_from_disk(make, kept, tmp_path):
+    model, x = make(), torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    plan, expected = block_plan(model, "blocks", GONE), skipping(model, "blocks", GONE)(x)
+    with sc.masked(model, plan):
+        assert list(model.blocks._modules) == kept
+    assert len(model.blocks) == len(NAMES)
+    sc.save(sc.apply_(model, plan), tmp_path / "out", plan, factory=f"test_depth:{make.__name__}")
+    again = sc.load(tmp_path / "out", trust_factory=True)
+    assert list(again.blocks._modules) == kept
+    assert_same_bits(again, state(model))
+    torch.testing.assert_close(again(x), expected, atol=1e-6, rtol=0)
+
+
+def test_shortgpt_takes_out_blocks_with_names():
+    model = Named()
+    data = [torch.randn(8, 5, 4, generator=torch.Generator().manual_seed(0))]
+    plan = sc.plan(model, "shortgpt", 0.5, data=data)
+    kept = [name for name, stays in zip(NAMES, plan.masks["blocks"].tolist(), strict=True) if stays]
+    assert list(sc.apply_(model, plan).blocks._modules) == kept
+    assert len(kept) == 2
+
+
+def test_names_after_a_removal_are_known_where_the_lists_names_are():
+    plan = block_plan(Named(), "blocks", [1])
+    leaves = {"blocks": NAMES}
+    assert renumbered("blocks.enter.linear.weight", plan, leaves) == "blocks.enter.linear.weight"
+    assert renumbered("blocks.layer_1", plan, leaves) is None
+    assert renumbered("blocks.3.linear", plan) == "blocks.2.linear"
+    assert renumbered("blocks.layer_2.linear", plan, leaves) == "blocks.layer_2.linear"
+    assert renumbered("blocks.scale", plan) == "blocks.scale"  # of the list itself
+
+
+class Staged(nn.Sequential):
+    """A sequence that is not built from its members."""
+
+    def __init__(self, width: int, depth: int):
+        super().__init__(*(Residual(width) for _ in range(depth)))
+        self.gain = 2.0
+
+    def forward(self, x):
+        return super().forward(x) * self.gain
+
+
+def test_a_sequence_with_a_constructor_of_its_own_keeps_its_kind_attributes_and_hooks():
+    model = nn.Module()
+    model.blocks = Staged(4, 4)
+    calls = []
+    handle = model.blocks.register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    blocks = list(model.blocks)
+    expected = 2 * blocks[2](blocks[0](x))
+    with sc.masked(model, block_plan(model, "blocks", GONE)):
+        assert torch.equal(model.blocks(x), expected)
+    assert list(model.blocks) == blocks
+    sc.apply_(model, block_plan(model, "blocks", GONE))
+    assert type(model.blocks) is Staged
+    assert torch.equal(model.blocks(x), expected)
+    assert len(calls) == 2
+    handle.remove()
+    model.blocks(x)
+    assert len(calls) == 2
 
 
 def test_nested_masks_come_off_in_order():

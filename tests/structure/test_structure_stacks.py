@@ -1,3 +1,5 @@
+from collections import OrderedDict
+
 import pytest
 import stack_models
 from torch import nn
@@ -67,3 +69,15 @@ def test_a_module_list_may_hold_one_block_or_different_ones():
     model.one = nn.ModuleList([stack_models.Block(4)])
     model.mixed = nn.ModuleList([stack_models.Block(4), stack_models.Residual(4, 4)])
     assert [stack.name for stack in find_stacks(model)] == ["one", "mixed"]
+
+
+def test_the_members_of_a_named_or_gappy_sequence_have_the_names_that_they_have_there():
+    blocks = [stack_models.Block(4) for _ in range(3)]
+    model = nn.Module()
+    model.named = nn.Sequential(OrderedDict(zip(("layer_a", "layer_b", "layer_c"), blocks, strict=True)))
+    model.sliced = nn.Sequential(*(stack_models.Block(4) for _ in range(4)))[1:]
+    named, sliced = find_stacks(model)
+    assert named.names == ("named.layer_a", "named.layer_b", "named.layer_c")
+    assert sliced.names == ("sliced.1", "sliced.2", "sliced.3")
+    for stack in (named, sliced):
+        assert [model.get_submodule(name) for name in stack.names] == list(stack.blocks)

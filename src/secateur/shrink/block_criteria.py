@@ -29,6 +29,7 @@ from secateur.scores.sensitivity import (
 from secateur.scores.weights import magnitude, uniform_random
 from secateur.shrink.depth import without_blocks
 from secateur.stats.block_outputs import Reduce, block_outputs, mean_absolute, mean_rank, pooled
+from secateur.stats.output_layer import output_layer
 from secateur.structure.removable import Removable
 from secateur.structure.sites import weight_layers
 
@@ -74,6 +75,8 @@ def block_scores(task: Task, settings: BlockCriterionSettings, lists: Sequence[R
         NumericsError: something is NaN or infinite; names the block or layer.
     """
     names = [name for one in lists for name in one.names]
+    if not names:
+        return {}
     if settings.uses_data and not task.batches:
         raise DataError(f"criterion={settings.criterion} needs data, labelled or text; give data=... (--data)")
     match settings.criterion:
@@ -90,12 +93,17 @@ def block_scores(task: Task, settings: BlockCriterionSettings, lists: Sequence[R
         case Criterion.PLS:
             found = _projections(task, settings, names)
         case _:
-            found = of_blocks(weight_scores(task, settings), names, settings.aggregate)
+            found = of_blocks(weight_scores(task, settings, names), names, settings.aggregate)
     return dict(zip(names, found.tolist(), strict=True))
 
 
-def weight_scores(task: Task, settings: BlockCriterionSettings) -> dict[str, Tensor]:
+def weight_scores(task: Task, settings: BlockCriterionSettings, blocks: Sequence[str]) -> dict[str, Tensor]:
     """Parameter name -> a score for each weight, of all linear and convolution weights.
+
+    Args:
+        task: model and data.
+        settings: the criterion.
+        blocks: names of the blocks that are compared.
 
     Raises:
         SettingsError: the criterion scores blocks only.
@@ -106,7 +114,7 @@ def weight_scores(task: Task, settings: BlockCriterionSettings) -> dict[str, Ten
             return snip(task.model, _batch(task, settings), list(layers), task.progress)
         case Criterion.GRASP:
             parts = halves(task.batches, settings.per_class, task.rng("grasp", "batch"))
-            return grasp(_fresh_head(task, settings, list(layers)[-1]), parts, list(layers), settings.temperature)
+            return grasp(_fresh_head(task, settings, blocks), parts, list(layers), settings.temperature)
         case Criterion.L1:
             return {name: magnitude(layer.weight) for name, layer in layers.items()}
         case Criterion.RANDOM:
@@ -115,14 +123,43 @@ def weight_scores(task: Task, settings: BlockCriterionSettings) -> dict[str, Ten
             raise SettingsError(f"criterion={settings.criterion} scores whole blocks and no weights; give another one")
 
 
-def _fresh_head(task: Task, settings: BlockCriterionSettings, head: str) -> nn.Module:
-    """The model, or a copy whose last layer, where it is linear, is drawn anew, as the official code of GraSP does."""
-    linear = isinstance(task.model.get_submodule(head.rpartition(".")[0]), nn.Linear)
-    if not settings.fresh_head or not linear:
+def _fresh_head(task: Task, settings: BlockCriterionSettings, blocks: Sequence[str]) -> nn.Module:
+    """The model, or a copy whose output layer is drawn anew, as the official code of GraSP does."""
+    weight, _ = _output_weight(task, blocks) if settings.fresh_head else ("", "")
+    if not weight:
         return task.model
     clone = copy.deepcopy(task.model)
-    redraw_xavier(clone, [head], lambda name: task.rng("grasp", "head", name))
+    redraw_xavier(clone, [weight], lambda name: task.rng("grasp", "head", name))
     return clone
+
+
+def head_warnings(task: Task, settings: BlockCriterionSettings, blocks: Sequence[str]) -> list[str]:
+    """A sentence where grasp should score under a new output layer and cannot.
+
+    Args:
+        task: model and data.
+        settings: the criterion.
+        blocks: names of the blocks that are compared.
+    """
+    if settings.criterion is not Criterion.GRASP or not settings.fresh_head:
+        return []
+    _, reason = _output_weight(task, blocks)
+    return [f"grasp scored under the output layer as it is, since {reason}"] if reason else []
+
+
+def _output_weight(task: Task, blocks: Sequence[str]) -> tuple[str, str]:
+    """The weight that may be drawn anew, or nothing and the reason: whatever else uses it would change too."""
+    head = output_layer(task.model, task.batches[0])
+    if not head.exact:
+        return "", "no linear layer makes the model's output"
+    around = next((block for block in blocks if head.name.startswith(f"{block}.")), None)
+    if around is not None:
+        return "", f"'{head.name}' lies in the block '{around}'"
+    name, parameters = f"{head.name}.weight", dict(task.model.named_parameters(remove_duplicate=False))
+    if name not in parameters:
+        return "", f"'{name}' is computed from other parameters"
+    tied = next((other for other, one in parameters.items() if one is parameters[name] and other != name), None)
+    return ("", f"'{name}' is tied to '{tied}'") if tied else (name, "")
 
 
 def _batch(task: Task, settings: BlockCriterionSettings) -> Batch:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +27,8 @@ Undo = Callable[[], None]
 def remove_blocks_(model: nn.Module, stack: str, keep: Sequence[bool]) -> Undo:
     """Take the blocks with `keep[i] == False` out of the module list named `stack`, in place.
 
-    Layer indices inside the kept blocks (key/value cache slots) are renumbered; the owning
+    The list is replaced by a copy of it with the kept blocks: numbered ones are numbered anew, others keep their
+    names. Layer indices inside the kept blocks (key/value cache slots) are renumbered; the owning
     transformers config, where there is one, gets the new number of layers, or of blocks in that stage, and its
     per-layer lists (attention kinds and the like) lose the same entries.
 
@@ -38,7 +41,7 @@ def remove_blocks_(model: nn.Module, stack: str, keep: Sequence[bool]) -> Undo:
     parent_name, _, leaf = stack.rpartition(".")
     blocks = blocks_of(model, stack, len(keep))
     kept = [index for index, stays in enumerate(keep) if stays]
-    changes = [(model.get_submodule(parent_name), leaf, type(blocks)(*_arguments(blocks, kept)))]
+    changes: list[tuple[Any, str, Any]] = [(model.get_submodule(parent_name), leaf, _thinned(blocks, keep))]
     for new, old in enumerate(kept):
         changes += _renumbered(blocks[old], old, new)
     changes += _config_changes(model, stack, keep)
@@ -75,9 +78,22 @@ def blocks_of(model: nn.Module, stack: str, count: int) -> nn.ModuleList | nn.Se
     return blocks
 
 
-def _arguments(blocks: nn.ModuleList | nn.Sequential, kept: list[int]) -> list[Any]:
-    members = [blocks[index] for index in kept]
-    return members if isinstance(blocks, nn.Sequential) else [members]
+def _thinned(blocks: nn.ModuleList | nn.Sequential, keep: Sequence[bool]) -> nn.Module:
+    """The same list without some blocks; a copy, because a subclass may have a constructor of its own."""
+    names = places(list(blocks._modules), keep)
+    container = copy.copy(blocks)
+    container._modules = {new: blocks._modules[old] for old, new in names.items() if new is not None}
+    return container
+
+
+def places(leaves: Sequence[str], keep: Sequence[bool]) -> dict[str, str | None]:
+    """What each member of a list is called there -> once only those of `keep` are left; None if it goes."""
+    numbered = list(leaves) == [str(index) for index in range(len(leaves))]
+    numbers = itertools.count()
+    return {
+        leaf: (str(next(numbers)) if numbered else leaf) if stays else None
+        for leaf, stays in zip(leaves, keep, strict=True)
+    }
 
 
 def _renumbered(block: nn.Module, old: int, new: int) -> Iterator[tuple[Any, str, Any]]:
@@ -118,14 +134,20 @@ def _configs_around(model: nn.Module, stack: str) -> list[Any]:
     return [config for config in found.values() if hasattr(config, "to_dict")]
 
 
-def renumbered(name: str, plan: Plan) -> str | None:
-    """The name that a module or tensor of the dense model has once a plan's blocks are gone; None if it goes too."""
+def renumbered(name: str, plan: Plan, leaves: Mapping[str, Sequence[str]] | None = None) -> str | None:
+    """The name that a module or tensor of the dense model has once a plan's blocks are gone; None if it goes too.
+
+    Args:
+        name: qualified name in the dense model.
+        plan: which blocks go.
+        leaves: list of blocks -> what these are called in it; lists that are not named are numbered.
+    """
     for stack, mask in plan.masks.items():
         if plan.sites[stack].kind is UnitKind.BLOCK and name.startswith(f"{stack}."):
-            index, dot, rest = name.removeprefix(f"{stack}.").partition(".")
-            if not bool(mask[int(index)]):
-                return None
-            return f"{stack}.{int(mask[: int(index)].sum())}{dot}{rest}"
+            own = (leaves or {}).get(stack) or [str(index) for index in range(len(mask))]
+            leaf, dot, rest = name.removeprefix(f"{stack}.").partition(".")
+            now = places(own, kept_list(mask)).get(leaf, leaf)
+            return None if now is None else f"{stack}.{now}{dot}{rest}"
     return name
 
 

@@ -9,11 +9,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.core.errors import SettingsError
-from secateur.core.method import Settings
-from secateur.data.batches import as_batches
+from secateur.core.method import Batch, Settings
+from secateur.data.batches import as_batches, joined
 from secateur.data.dataset import DataKind, Dataset
 from secateur.measure.flops import flops
 from secateur.measure.robustness import robustness
@@ -26,7 +26,7 @@ from secateur.train.study import State, Study
 from secateur.train.tickets import gain
 
 Row = dict[str, Any]
-BATCH = 64  # samples of a timed step where `fit` has no recipe; SGD with momentum then
+BATCH = 64  # samples of a timed step where `fit` has no recipe, with SGD with momentum then; and of held-out samples
 DENSE = "dense"
 
 
@@ -76,13 +76,20 @@ class Race:
             `Fitting`); `data`, held-out samples for similarity and robustness.
         settings: how to compare.
         draw: number of the seed.
+
+    Raises:
+        DataError: the held-out samples are no data.
+        ModelError: the network cannot be run on them.
     """
 
     def __init__(self, study: Study, settings: RaceSettings, draw: int):
         self.study, self.settings, self.draw, self.seed = study, settings, draw, study.seed + draw
-        self.data: Dataset | None = study.extras.get("data")
         self.dense = Entrant(DENSE, lambda: study.model(self.seed))
-        self.models: dict[str, nn.Module] = {}
+        given = study.extras.get("data")
+        self.held_out: list[Batch] = [] if given is None else as_batches(given, BATCH)
+        self.images = labelled_images(given if isinstance(given, Dataset) else self.held_out)
+        if self.held_out:
+            last_features(self.dense.make(), self.held_out[:1])  # what fails, fails before the trainings
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """From the ledger."""
@@ -170,21 +177,14 @@ class Race:
         def make() -> Row:
             example = as_batches(self.train_data(), 1)[0]
             found: Row = {"parameters": parameters(model), "flops": flops(model, example)}
-            if self.data is not None:
+            if self.held_out:
                 dense, _ = self.trained(self.dense)
-                found["cka"] = linear_cka(last_features(model, self.data), last_features(dense, self.data))
-                if self.robust:
-                    found["robustness"] = robustness(model, self.data, self.study.seed)
+                found["cka"] = linear_cka(last_features(model, self.held_out), last_features(dense, self.held_out))
+            if self.settings.robust and self.images is not None:
+                found["robustness"] = robustness(model, self.images, self.study.seed)
             return found
 
         return {"metrics": dict(metrics), **self.once(f"{entrant.name}-figures", make)}
-
-    @property
-    def robust(self) -> bool:
-        """Whether images can be damaged."""
-        data = self.data
-        images = data is not None and data.kind is DataKind.IMAGE and data.inputs.dim() == 4
-        return self.settings.robust and images and data is not None and data.targets is not None
 
     def _against(self, figure: Row, dense: Row) -> Row:
         difference = gain(figure["metrics"], dense["metrics"], self.study.metric)
@@ -231,6 +231,28 @@ def judged(rows: Sequence[Row], settings: RaceSettings, metric: str) -> tuple[li
         if network != DENSE
     ]
     return marked, summary
+
+
+def labelled_images(data: Dataset | Sequence[Batch]) -> Dataset | None:
+    """Samples whose images can be damaged and told apart, as one data set; None where they are something else.
+
+    Raises:
+        DataError: batches that cannot be joined.
+    """
+    if isinstance(data, Dataset):
+        images = data.kind is DataKind.IMAGE and data.inputs.dim() == 4 and data.targets is not None
+        return data if images else None
+    if not data or not all(map(_shows_images, data)):
+        return None
+    everything = joined(data)
+    return Dataset("held-out samples", DataKind.IMAGE, everything.args[0], everything.target)
+
+
+def _shows_images(batch: Batch) -> bool:
+    """Whether a batch is images `[samples, channels, height, width]` with one class each, and nothing else."""
+    first = batch.args[0] if len(batch.args) == 1 and not batch.kwargs else None
+    images = isinstance(first, Tensor) and first.is_floating_point() and first.dim() == 4
+    return images and batch.target is not None and batch.target.dim() == 1
 
 
 MEANS = ("difference", "parameters_saved", "flops_saved", "speedup", "co2_saved", "cka")

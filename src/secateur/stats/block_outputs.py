@@ -12,8 +12,7 @@ from secateur.core.errors import ModelError, NumericsError
 from secateur.core.method import Batch
 from secateur.core.progress import Progress, track
 from secateur.core.select import all_finite
-from secateur.data.batches import run
-from secateur.data.running import device_of, evaluating
+from secateur.data.running import evaluating, logits
 from secateur.structure.removable import channels_first
 
 Reduce = Callable[[nn.Module, Tensor], Tensor]
@@ -25,7 +24,7 @@ def block_outputs(
     """Block -> what `reduce(block, output)` makes of its output, `[samples, ...]`, in eval mode.
 
     Raises:
-        ModelError: a block did not run.
+        ModelError: the model cannot be run on a batch, or a block did not run.
         NumericsError: NaN or infinity in an output; names the block.
     """
     found: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -43,7 +42,7 @@ def block_outputs(
     try:
         with evaluating(model):
             for batch in track(batches, progress, "outputs of blocks"):
-                run(model, batch.to(device_of(model)))
+                logits(model, batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -75,15 +75,13 @@ class Structure:
 
     @cached_property
     def blocks(self) -> dict[str, tuple[str, ...]]:
-        """List of modules -> those of its members that add their input to what they compute.
+        """Module -> those of its members that add their input to what they compute.
 
         Each of these can go as a whole: the sum passes its input on, with the same shape.
         """
         found: dict[str, list[str]] = defaultdict(list)
         for name in self.observation.residual:
-            parent, _, leaf = name.rpartition(".")
-            if leaf.isdecimal():
-                found[parent].append(name)
+            found[name.rpartition(".")[0]].append(name)
         return {parent: tuple(dict.fromkeys(names)) for parent, names in found.items()}
 
     @cached_property

@@ -72,14 +72,11 @@ def removable(
         wants: filter over block names.
     """
     blocks = residual_blocks(model, structure)
-    stacks = [_stack(model, name) for name in dict.fromkeys(block.rpartition(".")[0] for block in blocks)]
+    names = dict.fromkeys(block.rpartition(".")[0] for block in blocks)
+    stacks = [Stack.of(name, model.get_submodule(name)) for name in names]
     spared = next_to_turns(model, example, [name for stack in stacks for name in stack.names]) if strict else set()
     free = {name for name in blocks if name not in spared and wants(name)}
     return [Removable(one, tuple(i for i, name in enumerate(one.names) if name in free)) for one in stacks]
-
-
-def _stack(model: nn.Module, name: str) -> Stack:
-    return Stack(name, tuple(model.get_submodule(name).children()))
 
 
 def next_to_turns(model: nn.Module, example: Batch, names: Sequence[str]) -> set[str]:

@@ -19,14 +19,24 @@ class Stack:
     Attributes:
         name: qualified name of the list; empty for a model that is taken as one block.
         blocks: its modules in order.
+        leaves: what they are called in the list; their numbers if not given.
     """
 
     name: str
     blocks: tuple[nn.Module, ...]
+    leaves: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, name: str, container: nn.Module) -> Stack:
+        """The members of a module list or sequence, under the names that they have there."""
+        members = dict(container.named_children())
+        return cls(name, tuple(members.values()), tuple(members))
 
     def block_name(self, index: int) -> str:
         """Qualified name of one block."""
-        return f"{self.name}.{index}" if self.name else ""
+        if not self.name:
+            return ""
+        return f"{self.name}.{self.leaves[index] if self.leaves else index}"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -46,7 +56,7 @@ def find_stacks(model: nn.Module) -> list[Stack]:
 
 def _search(module: nn.Module, name: str) -> Iterator[Stack]:
     if name and _is_stack(module):
-        yield Stack(name, tuple(module.children()))
+        yield Stack.of(name, module)
         return
     for child_name, child in module.named_children():
         yield from _search(child, f"{name}.{child_name}" if name else child_name)

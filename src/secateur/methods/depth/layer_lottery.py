@@ -12,13 +12,19 @@ lottery: train the dense network, score (also by outputs: `hrank`, `expect_abs`,
 weights of step i, train from i to the end at the rates of those steps; `rewind_to=lr` puts back the rates alone.
 
 No code was released. Reconstructed: the sum over a block's weights (with `aggregate=mean` SNIP empties the last stage),
-the batch of SNIP, blocks' outputs as their features. Spared are blocks that change the shape and, if `strict`, those
-that run directly before and after a change of resolution. A list never becomes empty: its best block stays. After the
-sum, post-activation blocks have a ReLU that goes too, which changes nothing where their input is not negative. Random
-tickets win in the paper as well: the finding is that some blocks are not needed, not that a criterion is.
+the batch of SNIP, blocks' outputs as their features. GraSP scores under a newly drawn output layer, as its own code
+does, but not where that layer's weight is tied to another one; both halves of its batch hold all classes, which in its
+own code follow one another. The weights of step i are those of a second dense run of i steps, so `fit` must be
+deterministic. The paper's saved memory is left out: what a process holds says little about one network.
+
+Spared are blocks that change the shape and, if `strict`, those that run directly before and after a change of
+resolution. A list never becomes empty: its best block stays. After the sum, post-activation blocks have a ReLU that
+goes too, which changes nothing where their input is not negative. Random tickets win in the paper as well: the finding
+is that some blocks are not needed, not that a criterion is.
 
 Extras of a study: `train`, samples to score with (default: those of the `Fitting`), `data`, held-out samples for
-similarity and robustness, `example`. Energy and CO2 are estimates from measured step times.
+similarity and robustness (a Dataset, or batches such as pairs of inputs and labels), `example`. Energy and CO2 are
+estimates from measured step times.
 """
 
 from __future__ import annotations
@@ -46,11 +52,11 @@ from secateur.core.seeding import seeded
 from secateur.core.units import UnitKind
 from secateur.data.batches import as_batches
 from secateur.data.example import example_for
-from secateur.data.running import evaluating, resized
+from secateur.data.running import evaluating, logits, resized
 from secateur.measure.flops import flops
 from secateur.measure.size import parameters
 from secateur.shrink.apply import apply_, stamp
-from secateur.shrink.block_criteria import BlockCriterionSettings, Criterion, block_scores, weight_scores
+from secateur.shrink.block_criteria import BlockCriterionSettings, Criterion, block_scores, head_warnings, weight_scores
 from secateur.shrink.depth import kept_list, remove_blocks_, renumbered
 from secateur.shrink.filters import InnerFilters, count_filters
 from secateur.shrink.race import Entrant, Race, RaceSettings, copied, judged
@@ -109,6 +115,8 @@ def plan(task: Task, settings: LayerLotterySettings) -> Decision:
         raise SettingsError(f"one plan removes one number of blocks, p={settings.p}; sc.study tries several")
     lists = candidates(task, settings)
     if task.budget.quantity in MEASURED and not settings.p:
+        if not room(lists, task.budget.floor):
+            raise BudgetError(stuck(lists, task.budget.floor, settings))
         scores = block_scores(task, settings, lists)
         count = fewest(task, settings, lists, scores)
     else:
@@ -116,8 +124,7 @@ def plan(task: Task, settings: LayerLotterySettings) -> Decision:
         scores = block_scores(task, settings, lists)
     found = without_lowest(lists, scores, count, task.budget.floor)
     found.facts[lists[0].stack.name] |= kept_shares(task, found.masks)
-    if settings.criterion is Criterion.L1:
-        found.warnings.append("l1 tells stages apart and not blocks: all that goes comes from the narrow early stages")
+    found.warnings += cautions(task, settings, lists)
     return found if task.keep_scores else _without_scores(found)
 
 
@@ -125,9 +132,11 @@ def candidates(task: Task, settings: LayerLotterySettings) -> list[Removable]:
     """The lists of residual blocks, and which of these can go.
 
     Raises:
-        ModelError: there are none.
+        ModelError: there are none, or the model cannot be run on the example.
     """
     assert task.example is not None  # `uses_example`
+    with evaluating(task.model):
+        logits(task.model, task.example)
     structure = analyse(task.model, task.example)
     found = removable(task.model, structure, task.example, strict=settings.strict, wants=task.wants)
     if not found:
@@ -136,6 +145,15 @@ def candidates(task: Task, settings: LayerLotterySettings) -> list[Removable]:
             "compute to their input and stand in an nn.Sequential or nn.ModuleList inside the model, as in a ResNet "
             "or a transformer; for plain networks use a method that removes channels"
         )
+    return found
+
+
+def cautions(task: Task, settings: LayerLotterySettings, lists: list[Removable]) -> list[str]:
+    """What to know about the scores of these blocks."""
+    names = [name for one in lists for name in one.names]
+    found = head_warnings(task, settings, names) if names else []
+    if settings.criterion is Criterion.L1:
+        found.append("l1 tells stages apart and not blocks: all that goes comes from the narrow early stages")
     return found
 
 
@@ -157,6 +175,8 @@ def amounts(budget: Budget, settings: LayerLotterySettings, lists: list[Removabl
     for count in settings.p or (asked,):
         if not least <= count <= most:
             more = NEIGHBOURS if settings.strict else ""
+            if not most:
+                raise BudgetError(stuck(lists, budget.floor, settings))
             raise BudgetError(
                 f"cannot remove {count} of the {free} residual blocks that may go: 1 to {most} are in reach, since one "
                 f"of them, and one block of every list, must stay{more}"
@@ -175,7 +195,21 @@ def kept_shares(task: Task, masks: Mapping[str, Tensor]) -> dict[str, float]:
 def room(lists: list[Removable], floor: int) -> int:
     """The most blocks that can go: one of those that may, and one of every list, stays."""
     free = sum(len(one.free) for one in lists)
-    return max(0, min(free - 1, sum(min(len(one.free), len(one.stack.blocks) - max(1, floor)) for one in lists)))
+    spare = (max(0, len(one.stack.blocks) - max(1, floor)) for one in lists)
+    return max(0, min(free - 1, sum(min(len(one.free), most) for one, most in zip(lists, spare, strict=True))))
+
+
+def stuck(lists: list[Removable], floor: int, settings: LayerLotterySettings) -> str:
+    """Why no block can go."""
+    free = sum(len(one.free) for one in lists)
+    if free:
+        more = NEIGHBOURS if settings.strict else ""
+        return (
+            f"no residual block can be removed: {free} may go, but one of these, and {max(1, floor)} of every list, "
+            f"must stay{more}"
+        )
+    more = ", or by strict=true, which spares those next to a change of resolution" if settings.strict else ""
+    return f"no residual block can be removed: all are left out by include and exclude{more}"
 
 
 def fewest(task: Task, settings: LayerLotterySettings, lists: list[Removable], scores: Mapping[str, float]) -> int:
@@ -203,7 +237,7 @@ def fewest(task: Task, settings: LayerLotterySettings, lists: list[Removable], s
     return bisect_left(range(most + 1), True, key=lambda count: left(count) <= target)
 
 
-def without_lowest(lists: list[Removable], scores: Mapping[str, float], count: int, floor: int = 0) -> Decision:
+def without_lowest(lists: list[Removable], scores: Mapping[str, float], count: int, floor: int) -> Decision:
     """The `count` lowest of one ranking over all lists go; facts say from where.
 
     Raises:
@@ -246,7 +280,7 @@ def lottery(study: Study, settings: LayerLotterySettings) -> Findings:
         rows,
         {"chosen": {name: chosen[name] for name in ("p", "start", "winning")}, "tickets": summary},
         state=state,
-        warnings=list(_caveats(study, settings)),
+        warnings=[*draws[0].cautions(), *_caveats(study, settings)],
         plan=cut,
     )
 
@@ -282,6 +316,11 @@ class _Draw:
             self.task = replace(self.task, model=self.scored)
         self.scores: dict[str, float] = self.race.once("scores", partial(self._scored, block_scores, self.lists))
 
+    @property
+    def floor(self) -> int:
+        """Blocks that stay in every list."""
+        return self.study.budget.floor
+
     def _starts(self) -> list[int]:
         """Steps that tickets are put back to."""
         own = self.settings
@@ -294,15 +333,25 @@ class _Draw:
                 f"rewind={own.rewind} must be shares in [0, 1) of the training and rewind_to step or lr, got "
                 f"{own.rewind_to}"
             )
-        return sorted({round(share * self.study.steps) for share in own.rewind})
+        found = sorted({round(share * self.study.steps) for share in own.rewind})
+        if found[-1:] == [self.study.steps]:
+            raise SettingsError(
+                f"rewind={own.rewind} of steps={self.study.steps} goes back to the last step, so that the ticket would "
+                "not be trained; give smaller shares or more steps"
+            )
+        return found
 
     def _scored(self, score: Callable[..., Any], *more: Any) -> Any:
         with evaluating(self.task.model), seeded(self.race.seed):
             return score(self.task, self.settings, *more)
 
-    def masks(self, p: int) -> Masks:
-        """What stays of every list."""
-        return dict(without_lowest(self.lists, self.scores, p, self.study.budget.floor).masks)
+    def decision(self, p: int) -> Decision:
+        """What stays of every list, and the facts."""
+        return without_lowest(self.lists, self.scores, p, self.floor)
+
+    def cautions(self) -> list[str]:
+        """What to know about the scores."""
+        return cautions(self.task, self.settings, self.lists)
 
     def rows(self) -> list[dict[str, Any]]:
         """All networks of this seed."""
@@ -310,14 +359,14 @@ class _Draw:
 
     def entrants(self, p: int, start: int) -> Iterator[Entrant]:
         """A ticket and its controls."""
-        masks = self.masks(p)
+        masks = dict(self.decision(p).masks)
         yield self.entrant(TICKET, p, start, masks)
         for control in self.settings.controls:
             match control:
                 case Control.RANDOM:
                     rng = self.task.rng("layer_lottery", "random", str(p))
                     drawn = torch.rand(len(self.scores), generator=rng, dtype=torch.float64).tolist()
-                    other = without_lowest(self.lists, dict(zip(self.scores, drawn, strict=True)), p)
+                    other = without_lowest(self.lists, dict(zip(self.scores, drawn, strict=True)), p, self.floor)
                     yield self.entrant(control, p, start, dict(other.masks))
                 case Control.REINIT:
                     if start == self.starts[0]:  # from new weights there is no step to go back to
@@ -327,7 +376,8 @@ class _Draw:
 
     def entrant(self, network: str, p: int, start: int, masks: Masks, state: State | None = None) -> Entrant:
         """A network without blocks."""
-        gone = [f"{name}.{i}" for name, keep in masks.items() for i, stays in enumerate(keep.tolist()) if not stays]
+        stacks = [one.stack for one in self.lists]
+        gone = [stack.names[i] for stack in stacks for i, stays in enumerate(masks[stack.name].tolist()) if not stays]
         victims = {name: int((~keep).sum()) for name, keep in masks.items()}
 
         def make() -> nn.Module:
@@ -342,7 +392,8 @@ class _Draw:
         blocks = [name for one in self.lists for name in one.stack.names]
         inner = InnerFilters(model, example, analyse(model, example), blocks)
         surplus = count_filters(model) - count_filters(_without(copied(model, model_state(model)), masks))
-        cut = inner.lowest(self._scored(weight_scores), surplus, self.settings.aggregate)
+        scores = self._scored(weight_scores, [name for one in self.lists for name in one.names])
+        cut = inner.lowest(scores, surplus, self.settings.aggregate)
 
         def make() -> nn.Module:
             dense = copied(self.race.dense.make(), self.before(start))
@@ -364,14 +415,14 @@ class _Draw:
 
     def result(self, p: int, start: int) -> tuple[State, Plan]:
         """A trained ticket as weights of the dense network and a plan that cuts it out of them."""
-        masks = self.masks(p)
-        made = Plan(
-            {one.stack.name: block_site(one.stack) for one in self.lists},
-            masks,
-            provenance=(self.order().provenance(type(self.scored).__name__),),
-        )
+        found = self.decision(p)
+        masks = dict(found.masks)
+        found.facts[self.lists[0].stack.name] |= kept_shares(self.task, masks)
+        provenance = self.order().provenance(type(self.scored).__name__)
+        made = Plan(found.sites, masks, provenance=(provenance,), facts=found.facts)
         after = model_state(self.race.trained(self.entrant(TICKET, p, start, masks))[0])
-        places = {name: renumbered(name, made) for name in self.initial}
+        leaves = {one.stack.name: one.stack.leaves for one in self.lists}
+        places = {name: renumbered(name, made, leaves) for name in self.initial}
         state = {name: after[place] if place else self.initial[name] for name, place in places.items()}
         stamp(copied(self.scored, state), made)
         return state, made
