@@ -145,6 +145,7 @@ def run(seed: int, progress: Progress) -> Mapping[str, Sample]:
         "rank_8_alone": Sample(losses["alone"], losses["plain"], losses["nuclear"]),
         "rank_8_plain": Sample(losses["plain"], losses["alone"], losses["ours"]),
         "values": Sample(most_values(ours), most_values(plain), most_values(nuclear)),
+        "values_plain": Sample(*(most_values(one) for one in (plain, alone, ours))),
         "flops": Sample(*(flops(one, example()) / dense for one in (split, whole, fewer))),
     }
 
