@@ -78,7 +78,7 @@ def test_one_command_for_a_method_that_needs_convolutions(place, method):
 
 
 AROUND = {
-    "adapt_pruner": {"stages": 2, "iterations": 8, "amplitude": 0.05},
+    "adapt_pruner": {"stages": 2, "iterations": 2},
     "ap": {"p": 0.5, "q": 0.1},
     "journey": {"every": 1, "against": ""},
     "layer_lottery": {"strict": False, "repeats": 1},
@@ -91,7 +91,7 @@ AROUND = {
 }
 
 
-MODELS = dict.fromkeys(("oracle", "layer_lottery"), "zoo:digits-resnet") | {"adapt_pruner": "zoo:pydoc-llama"}
+MODELS = dict.fromkeys(("oracle", "layer_lottery"), "zoo:digits-resnet") | {"adapt_pruner": "lm"}
 
 
 @pytest.mark.parametrize("method", sorted({*BY_PROTOCOL[Protocol.PROCEDURE]} - GRAPHS))
@@ -100,6 +100,7 @@ def test_one_command_for_every_method_around_trainings(place, method):
     words = ["study", model, "--method", method, "--sparsity", "0.5", "--minimum", "1", "--steps", "16"]
     words += [word for name, value in AROUND[method].items() for word in ("--set", f"{name}={value}")]
     words += ["--pretrained"] if method == "oracle" else []
+    words += ["--data", "text.txt"] if model == "lm" else []
     done = good(*words, "--out", f"around-{method}")
     assert f"{model} under {method}" in done.out
     assert (place / f"around-{method}" / "secateur" / "findings.json").exists()

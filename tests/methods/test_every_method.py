@@ -69,8 +69,9 @@ def plan_on(module: nn.Module, method: str, model: str, **budget: object) -> Pla
     budget = budget or {"budget": asked}
     rounds = "multiple" in METHODS[method].settings.model_fields
     settings: dict[str, object] = {"multiple": 1} if rounds else {}  # exact counts
+    samples = data(model).calibration
     if "resolution" in METHODS[method].settings.model_fields:
-        settings["resolution"] = 3  # a forward pass for each layer and step
+        settings["resolution"], samples = 3, samples.take(torch.arange(4))  # a forward pass for each layer and step
     if "rounding" in METHODS[method].settings.model_fields:
         settings["rounding"] = "none"  # other kinds do not make up for it
     if "amplitude" in METHODS[method].settings.model_fields:
@@ -79,7 +80,7 @@ def plan_on(module: nn.Module, method: str, model: str, **budget: object) -> Pla
         settings["amount"] = 1.0  # a sparsity of 0 leaves ranks to a rule
     if "offspring" in METHODS[method].settings.model_fields:
         settings |= {"iterations": 2, "generations": 2, "offspring": 4}  # a forward pass for each candidate
-    return sc.plan(module, method, data=data(model).calibration, keep_scores=True, **budget, **settings)
+    return sc.plan(module, method, data=samples, keep_scores=True, **budget, **settings)
 
 
 def outputs(module: nn.Module, model: str) -> torch.Tensor:
