@@ -240,6 +240,17 @@ def test_the_constraint_by_hand_is_one_sided_and_counts_by_passes_against_the_or
     assert run.penalty().item() == 0
 
 
+def test_processes_agree_on_gradients_before_thresholds_move():
+    model, optimizer, run = attached()
+    part, seen = part_of(run), []
+    one = part.thresholds["convs.1"]
+    part.extra.average = lambda: seen.append((one.value.item(), one.value.grad is not None))
+    before = one.value.item()
+    advance(model, optimizer, run, 0, 1)
+    assert seen == [(before, True)]
+    assert one.value.item() != before
+
+
 def test_thresholds_take_plain_gradient_steps_whatever_the_optimiser():
     model = net()
     optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.5)

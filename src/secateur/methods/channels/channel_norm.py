@@ -1,9 +1,9 @@
 """Norm of channels, neurons and heads: the smallest go (Li, Kadav, Durdanovic, Samet, Graf 2017, arXiv 1608.08710).
 
 A unit's score is the L1 or L2 norm of its weights. `producers` is the paper's rule, the filter alone;
-`all` adds the weights that read the unit, as dependency-graph pruning does (Fang et al. 2023, arXiv
-2301.12900): coupled layers are scored together. `bn` is the batch-norm scale (Network Slimming, Liu et al.
-2017, arXiv 1708.06519); sites without a norm are then left whole.
+`all` adds the weights that read the unit: coupled layers are scored together, as in dependency-graph pruning
+(Fang et al. 2023, arXiv 2301.12900), which counts batch-norm scales too. `bn` is the batch-norm scale (Network
+Slimming, Liu et al. 2017, arXiv 1708.06519); sites without a norm are then left whole.
 """
 
 from __future__ import annotations
