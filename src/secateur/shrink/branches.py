@@ -21,10 +21,10 @@ from secateur.core.errors import BudgetError, ModelError
 from secateur.core.method import Batch, Settings
 from secateur.core.select import keep_global, keep_top
 from secateur.core.units import Occurrence, Site, UnitKind
+from secateur.measure.filter_costs import FilterCosts, flops_by_module
 from secateur.shrink.bypass import NAME, Bypass
 from secateur.shrink.cut import tensors_of
 from secateur.shrink.fuse import feeding, merged, obstacle
-from secateur.structure.filter_costs import FilterCosts, flops_by_module
 
 FILTERS = COUNTED - {Quantity.PARAMETERS}  # budgets that count filters
 

@@ -1,12 +1,14 @@
 """Linear costs of filters: exact against the FLOP counter, differentiable against finite differences."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from secateur.core.method import Batch
+from secateur.measure.filter_costs import FilterCosts, flops_by_module
 from secateur.measure.flops import flops
-from secateur.structure.filter_costs import FilterCosts, flops_by_module
 
 COSTS = FilterCosts(1000.0, {"a": 4, "b": 8}, {"a": 50.0, "b": 20.0}, {"a": 10.0, "b": 30.0})
 
@@ -36,3 +38,18 @@ def test_the_share_is_exact_and_its_gradient_is_the_cost():
     share.backward()
     assert gates["a"].grad.tolist() == pytest.approx([0.05] * 4)
     assert gates["b"].grad.tolist() == pytest.approx([0.02] * 8)
+
+
+def test_what_is_merged_is_paid_where_filters_are_gone():
+    merged = replace(COSTS, merged=True)
+    assert merged.total({"a": 4, "b": 8}) == merged.total({}) == 1000
+    assert merged.total({"a": 1, "b": 8}) == 1000 - 150 + 7.5
+    assert merged.total({"a": 4, "b": 2}) == 1000 - 120 + 22.5
+    assert merged.least(1) == 1000 - 150 - 140 + 7.5 + 26.25
+    gates = {"a": torch.tensor([1.0, 0, 0, 0], requires_grad=True), "b": torch.tensor([1.0, 1] + [0] * 6)}
+    share = merged.share(gates)
+    assert share.item() == pytest.approx(merged.total({"a": 1, "b": 2}) / 1000)
+    share.backward()
+    assert gates["a"].grad.tolist() == pytest.approx([(50 - 2.5) / 1000] * 4)
+    assert merged.beside("a", 1) == 7.5
+    assert COSTS.beside("a", 1) == 10
