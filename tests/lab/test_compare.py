@@ -177,13 +177,18 @@ def test_vision_models_are_timed_by_batches_and_methods_that_act_in_training_get
     ("rows", "match"),
     [
         ({"methods": ["wanda"], "train": "finetune:steps=2"}, "wanda does not act during training"),
-        ({"methods": ["greg"], "train": "biases"}, "'biases' is no training"),
+        ({"methods": ["greg"], "train": "batchnorm"}, "'batchnorm' is no training"),
         ({"methods": ["greg"]}, "greg is no one-shot method; give its row a training"),
     ],
 )
 def test_rows_that_cannot_be_trained_are_refused_before_any_work(rows, match):
     with pytest.raises(SettingsError, match=match):
         compare(Comparison(**ASKED | {"rows": [rows | {"sparsity": [0.5]}]}))
+
+
+def test_a_training_that_does_not_exist_is_refused_before_any_work():
+    with pytest.raises(UnknownNameError, match="unknown recovery 'biases'"):
+        compare(Comparison(**ASKED | {"rows": [{"methods": ["greg"], "train": "biases", "sparsity": [0.5]}]}))
 
 
 def test_shipped_comparisons_are_found_by_name_and_variables_looked_up(tmp_path, monkeypatch):

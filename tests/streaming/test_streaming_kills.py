@@ -38,7 +38,9 @@ def start(home, method, spill):
     return process
 
 
-@pytest.mark.parametrize(("method", "spill"), [("wanda", True), ("sparsegpt", False)])
+@pytest.mark.parametrize(
+    ("method", "spill"), [("wanda", True), pytest.param("sparsegpt", False, marks=pytest.mark.slow)]
+)
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, method, spill):
     tools.build("llama-deep", tmp_path / "dense")
     torch.save(tools.tokens(40, 48), tmp_path / "tokens.pt")
@@ -107,7 +109,9 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "gblm"])
+@pytest.mark.parametrize(
+    "method", ["wanda", pytest.param("sparsegpt", marks=pytest.mark.slow), pytest.param("gblm", marks=pytest.mark.slow)]
+)
 def test_two_processes_share_the_samples_and_decide_alike(tmp_path, method):
     from secateur.core.journal import Journal
     from secateur.core.plan import Plan
