@@ -118,7 +118,7 @@ NUMBERS = {
     "weights pickled": (prune(NET, *HALF, "--weights", "w.pt"), "pickled weights are not read"),
     "text for images": (prune(NET, *HALF, "--data", "text.txt"), "needs a tokenizer"),
     "wrong images": (prune(NET, *HALF, "--data", "wide"), ["1, 6, 6]", "cannot be run"]),
-    "wrong images for statistics": (prune(NET, *HALF, "--data", "wide", method="wanda"), ["1, 6, 6]", "cannot run"]),
+    "wrong images for statistics": (prune(NET, *HALF, "--data", "wide", method="wanda"), ["1, 6, 6]", "cannot be run"]),
     "short text": (
         prune("lm", *HALF, "--data", "short.txt", method="wanda"),
         ["short.txt", "holds 6 tokens", "needs 24", "smaller length"],

@@ -172,3 +172,20 @@ def test_tensorboard_gets_the_figures(tmp_path):
     log.write(1, loss=0.5, event="start")
     log.close()
     assert any((tmp_path / "tensorboard").glob("events.*"))
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"recover": "self_generated"}, "single weights|fill removed weights"),
+        ({"method": "lapp", "sparsity": 0.3, "model": "zoo:digits-resnet", "settings": {}, "recover": "self_generated"},
+         "self_generated is for language models; 'zoo:digits' holds no windows"),
+        ({"recover": "batchnorm"}, "has no batch norm to re-estimate"),
+        ({"recover": "finetune:steps"}, "name=value"),
+    ],
+)  # fmt: skip
+def test_a_recovery_that_cannot_work_is_refused_before_the_training(other, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(Fitting, "advance", lambda *_: pytest.fail("it was trained"))
+    with pytest.raises((SettingsError, ModelError), match=said):
+        train(job(**other), tmp_path / "out")
+    assert not list(tmp_path.iterdir())

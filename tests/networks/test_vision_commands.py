@@ -1,6 +1,7 @@
 """Structured methods from the command line on a person's own image classifiers: transformers, timm, a factory."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from network_tools import _networks_folder, use_networks
 
 import secateur as sc
 from secateur.core.method import Batch
+from secateur.io.data import PREPROCESSOR, open_data
+from secateur.io.models import open_model
 from secateur.measure.flops import flops
 from secateur.report.record import Record
 from secateur.shrink.folder import CARD
@@ -120,6 +123,12 @@ def test_training_a_classifier_of_one_s_own_and_a_parquet_file(place, method):
     done = good(*words, "--out", f"trained-{method}")
     assert "accuracy before recovery" in done.out
     checked(place / f"trained-{method}", method.replace("-", "_"), 0.8, trusted=True)
+    shown = re.search(
+        r"asked flops 0\.8, reached (0\.\d+) of the dense flops, \d+\.\d+% of the (channels|ranks) removed",
+        good("show", f"trained-{method}").out,
+    )
+    record = Record.model_validate_json((place / f"trained-{method}" / "secateur" / "report.json").read_text())
+    assert float(shown[1]) == pytest.approx(record.sizes.flops.after / record.sizes.flops.before, abs=1e-4)
 
 
 @pytest.mark.skipif(not (_networks_folder() / "timm").is_dir(), reason="timm is in the folder of networks")
@@ -134,17 +143,55 @@ def test_a_timm_network_by_its_name(place):
     assert "unknown timm network 'resnet10x'; did you mean resnet10t" in done.err
 
 
-def test_more_classes_than_the_head_has_is_one_sentence(place):
+def write_classes(folder: Path, names: list[str]) -> None:
     from PIL import Image
 
     for split in ("train", "test"):
-        for label in range(5):
-            folder = place / "many" / split / f"class-{label}"
-            folder.mkdir(parents=True)
-            Image.new("RGB", (SIZE, SIZE), (label, 0, 0)).save(folder / "0.png")
-    words = ["--method", "fpgm", "--flops", "0.5", "--data", "many", "--recover", "finetune:steps=2", "--out", "no"]
-    done = run("prune", "classifier", *words)
+        for shade, name in enumerate(names * 2):
+            (folder / split / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (SIZE, SIZE), (shade, 0, 0)).save(folder / split / name / f"{shade}.png")
+
+
+STEPS = ["--steps", "2", "--recipe", "batch=4"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["prune", "classifier", "--method", "fpgm", "--flops", "0.5", "--recover", "finetune:steps=2"],
+        ["prune", "classifier", "--method", "group-taylor", "--flops", "0.5"],
+        ["prune", "classifier", "--method", "pagcp", "--flops", "0.5"],
+        ["prune", "classifier", "--method", "layer-lottery", "--sparsity", "0.5", "--set", "criterion=snip"],
+        ["train", "classifier", "--method", "lapp", "--flops", "0.6", *STEPS],
+        ["study", "classifier", "--method", "layer-lottery", "--sparsity", "0", "--set", "p=1", *STEPS],
+    ],
+    ids=" ".join,
+)
+def test_more_classes_than_the_head_has_is_one_sentence(place, words):
+    write_classes(place / "many", [f"class-{label}" for label in range(5)])
+    before = sorted(path.name for path in place.iterdir())
+    done = run(*words, "--data", "many", "--out", "no")
     assert (done.code, done.out) == (2, "")
     assert len(done.err.splitlines()) == 1
-    assert "labels from 0 to 4, but the model gives" in done.err
-    assert not (place / "no").exists()
+    assert "'many' has labels from 0 to 4, but the model gives [1, 3], 3 classes" in done.err
+    assert sorted(path.name for path in place.iterdir()) == before
+
+
+def test_classes_go_by_the_names_of_the_head(place):
+    """The folder's order is the alphabet's, the head's is not."""
+    from transformers import ResNetForImageClassification
+
+    model = ResNetForImageClassification.from_pretrained(place / "classifier")
+    model.config.id2label = {0: "zebra", 1: "ant", 2: "bee"}
+    model.config.label2id = {name: index for index, name in model.config.id2label.items()}
+    model.save_pretrained(place / "named")
+    (place / "named" / PREPROCESSOR).write_bytes((place / "classifier" / PREPROCESSOR).read_bytes())
+    write_classes(place / "animals", ["ant", "zebra"])
+    found = open_data("animals", open_model("named")).evaluation
+    assert sorted(set(found.targets.tolist())) == [0, 1]
+    reds = found.inputs[:, 0, 0, 0]
+    assert found.targets[reds.argmin()] == 1  # the darkest is an ant
+    write_classes(place / "others", ["ant", "yak"])
+    done = run("prune", "named", "--method", "fpgm", "--flops", "0.5", "--data", "others", "--out", "no")
+    assert (done.code, done.out) == (2, "")
+    assert "'others' has the class 'yak', which is none of the 3 of the model's head ('zebra', ...)" in done.err

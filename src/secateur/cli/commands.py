@@ -181,8 +181,9 @@ def _print_plan(plan: Plan, json: bool) -> None:
 def _reached(plan: Plan, quantity: str) -> str:
     """In what the budget counts, where the plan knows it, and in units."""
     shares = [facts[f"{quantity}_kept"] for facts in plan.facts.values() if f"{quantity}_kept" in facts]
-    said = f"{plan.sparsity:.4%}"
-    return f"{shares[0]:.4g} of the dense {quantity}, {said} of the units removed" if shares else said
+    units = f"{plan.kinds[0].replace('_', ' ')}s" if len(plan.kinds) == 1 else "units"
+    said = f"{plan.sparsity:.4%} of the {units} removed"
+    return f"{shares[0]:.4g} of the dense {quantity}, {said}" if shares else said
 
 
 def _print_result(record: Record | None, out: Path, how: str = ", reloaded and compared") -> None:

@@ -14,6 +14,8 @@ from secateur.core.errors import DataError
 from secateur.core.method import Batch
 from secateur.data.dataset import Dataset
 
+IGNORED = -100  # the class index that torch's losses leave out
+
 
 def as_batches(data: Any, size: int = 8) -> list[Batch]:
     """Batches from a Dataset, one tensor, or an iterable such as a DataLoader.
@@ -228,7 +230,7 @@ def task_loss(model: nn.Module, batch: Batch, temperature: float = 1.0) -> Tenso
 def loss_of(logits: Tensor, batch: Batch) -> Tensor:
     """The loss of `task_loss` from a model's logits."""
     if batch.target is not None:
-        return F.cross_entropy(logits.float(), batch.target)
+        return label_loss(logits, batch.target)
     if batch.targets:
         raise DataError(
             f"the data holds targets of several tasks ({', '.join(batch.targets)}), and this needs one loss; give data "
@@ -242,6 +244,39 @@ def loss_of(logits: Tensor, batch: Batch) -> Tensor:
         return losses.mean()
     counted = (real[:, :-1] != 0) & (real[:, 1:] != 0)  # neither predicted from padding nor padding itself
     return losses[counted].sum() / counted.sum().clamp(min=1)
+
+
+def label_loss(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Mean cross entropy in float32.
+
+    Args:
+        logits: `[samples, classes, ...]`.
+        target: class indices `[samples, ...]`, or probabilities of the logits' shape.
+        smoothing: share of the target that is spread over all classes.
+
+    Raises:
+        DataError: a class index without a logit.
+    """
+    if not target.is_floating_point():
+        refuse_foreign_labels(logits, target)
+    return F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
+
+
+def refuse_foreign_labels(logits: Tensor, target: Tensor, name: str = "the data") -> None:
+    """Class indices must be those of the head; on some devices nothing runs any more after one that is not.
+
+    Raises:
+        DataError: there are others; gives both ranges.
+    """
+    counted = target[target != IGNORED]
+    classes = logits.shape[min(1, logits.dim() - 1)] if logits.dim() else 0
+    lowest, highest = (int(counted.min()), int(counted.max())) if counted.numel() else (0, 0)
+    if lowest < 0 or highest >= classes:
+        raise DataError(
+            f"{name if name == 'the data' else repr(name)} has labels from {lowest} to {highest}, but the model gives "
+            f"{list(logits.shape)}, {classes} classes; give data with the classes of its head, or a model with a head "
+            "for these"
+        )
 
 
 def _text_of(batch: Batch) -> tuple[Tensor | None, Tensor | None]:

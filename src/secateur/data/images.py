@@ -176,7 +176,7 @@ def _decode_all(
 def _decode(item: Encoded, options: ImageOptions, channels: int | None) -> npt.NDArray[np.uint8]:
     """One image as `[height, width, channels]`; `channels` is what the images before it had."""
     try:
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
     except ImportError:
         raise MissingExtraError("pillow", "data", "reading images") from None
     try:
@@ -198,7 +198,8 @@ def _decode(item: Encoded, options: ImageOptions, channels: int | None) -> npt.N
         zlib.error,
         Image.DecompressionBombError,
     ) as error:
-        raise DataError(f"{item.where} is not a readable image: {error}") from error
+        why = "of no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise DataError(f"{item.where} is not a readable image: {why}") from error
     if options.size is not None and converted.size != (options.size, options.size):
         converted = converted.resize((options.size, options.size), Image.Resampling.BILINEAR)
     pixels = np.asarray(converted, dtype=np.uint8)

@@ -16,6 +16,7 @@ from secateur.data.generation import generated_windows
 from secateur.data.hub import open_hub
 from secateur.data.images import ImageOptions
 from secateur.data.running import device_of, dtype_of
+from secateur.io.labels import as_the_head_has_them
 from secateur.io.models import HUB_ID, OpenedModel, open_tokenizer
 from secateur.shrink.folder import read_config
 
@@ -38,7 +39,7 @@ def open_data(spec: str, model: OpenedModel, seed: int = 0, samples: int | None 
 
     Raises:
         UnknownNameError: no such data set or option.
-        DataError: it cannot be read, or does not suffice.
+        DataError: it cannot be read, does not suffice, or has other classes than the model's head.
         SettingsError: `generated` and a model without weights.
     """
     spec, start = split_generated(spec)
@@ -46,7 +47,8 @@ def open_data(spec: str, model: OpenedModel, seed: int = 0, samples: int | None 
     if start is not None:
         found = Splits(_written(found.calibration, model, start, seed), found.evaluation)
     dtype = getattr(torch, dtype_of(model.model), torch.float32)
-    return Splits(found.calibration.to(dtype), found.evaluation.to(dtype))
+    named = (as_the_head_has_them(part, model.model) for part in (found.calibration, found.evaluation))
+    return Splits(*(part.to(dtype) for part in named))
 
 
 def split_generated(spec: str) -> tuple[str, int | None]:

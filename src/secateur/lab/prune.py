@@ -23,6 +23,7 @@ from secateur.io.data import open_data, split_generated
 from secateur.io.models import OpenedModel, open_model
 from secateur.lab.record import Outcome, make_record, with_file_sizes
 from secateur.measure import measure_together, probe_machine, quality
+from secateur.measure.quality import refuse_foreign_classes
 from secateur.recover import Recovery, Request
 from secateur.recover.bias import compensate
 from secateur.report import Record, write
@@ -142,6 +143,10 @@ def prepare(job: Job) -> Prepared:
         raise DataError(f"{needs} needs data and '{job.model}' has none of its own; give --data")
     samples = default_samples(opened) if job.samples is None else job.samples
     splits = open_data(data, opened, job.seed, samples) if data else None
+    for part in (splits.calibration, splits.evaluation) if splits else ():
+        refuse_foreign_classes(opened.model, part)
+    if recovery and splits:
+        recovery[0].refuse(opened.model, splits.calibration, method.units)
     return Prepared(job, opened, method, recovery, data, samples, splits)
 
 

@@ -241,11 +241,12 @@ def prepare(job: TrainJob, folder: Path, progress: Progress) -> tuple[Session, n
     method = api.find_method(job.method)
     method.configure(dict(job.settings))
     _ = job.budget
-    if job.recover:
-        recover.in_words(job.recover)
+    recovery = recover.in_words(job.recover)[0] if job.recover else None
     recipe = job.checked_recipe()
     opened = open_model(job.model, job.weights, device=job.device, trust_factory=job.trust_factory)
     splits = training_data(job, opened)
+    if recovery:
+        recovery.refuse(opened.model, splits.calibration, method.units)
     if job.from_scratch:
         with seeded(job.seed):
             put_back(opened.model, model_state(fresh_model(opened)))
@@ -253,9 +254,7 @@ def prepare(job: TrainJob, folder: Path, progress: Progress) -> tuple[Session, n
     validation, rest = split(splits.calibration, job.validation, job.seed)
     for parameter in opened.model.parameters():
         parameter.requires_grad_(True)
-    settings = job.model_dump(mode="json", exclude={"force", "verify", "tensorboard"})
-    if folder.exists():
-        Ledger(folder, settings)  # refuses what was asked for otherwise
+    ledger = Ledger(folder, job.model_dump(mode="json", exclude={"force", "verify", "tensorboard"}))
     state = load_tree(folder / "state") if (folder / "state").exists() else None
     fit = Fitting(rest, recipe, seed=job.seed, progress=progress)
     optimizer = recipe.make_optimizer(opened.model)
@@ -277,7 +276,7 @@ def prepare(job: TrainJob, folder: Path, progress: Progress) -> tuple[Session, n
         **job.settings,
     )
     own: dict[str, Any] = {} if state is None else state["own"]
-    Ledger(folder, settings)
+    ledger.begin()
     log = Log(folder, own.get("step", 0), job.tensorboard)
     found = Session(job, opened, method, recipe, splits, validation, fit, optimizer, sparsifier, folder, log, **own)
     return found, dense

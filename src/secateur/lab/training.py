@@ -18,6 +18,7 @@ from secateur.core.seeding import generator
 from secateur.data.dataset import Dataset, Splits
 from secateur.io.data import open_data, split_generated
 from secateur.io.models import OpenedModel
+from secateur.measure.quality import refuse_foreign_classes
 from secateur.shrink.load import build
 from secateur.train.loop import Recipe
 from secateur.zoo import get
@@ -96,7 +97,7 @@ def training_data(request: TrainingRequest, opened: OpenedModel) -> Splits:
     """All the training images there are, or a number of windows for text; and what is measured on in the end.
 
     Raises:
-        DataError: no data was named and the model has none of its own.
+        DataError: no data was named and the model has none of its own, or labels that its head does not have.
         SettingsError: the data are for calibration only.
     """
     data = request.data or opened.data
@@ -105,7 +106,11 @@ def training_data(request: TrainingRequest, opened: OpenedModel) -> Splits:
     if split_generated(data)[1] is not None:
         raise SettingsError(f"the option generated of '{data}' is for calibration; train on the text itself")
     found = open_data(data, opened, request.seed)
-    return found if found.calibration.targets is not None else open_data(data, opened, request.seed, WINDOWS)
+    if found.calibration.targets is None:
+        return open_data(data, opened, request.seed, WINDOWS)
+    for part in (found.calibration, found.evaluation):
+        refuse_foreign_classes(opened.model, part)
+    return found
 
 
 def split(data: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from secateur.core.errors import DataError
 from secateur.core.method import Batch
 from secateur.core.progress import Progress, Silent, track
-from secateur.data.batches import task_loss, token_losses
+from secateur.data.batches import refuse_foreign_labels, task_loss, token_losses
 from secateur.data.dataset import DataKind, Dataset
 from secateur.data.running import device_of, evaluating, logits
 
@@ -92,6 +92,17 @@ def quality(
     raise DataError(f"'{dataset.name}' has no labels, so accuracy cannot be measured; give labelled images")
 
 
+def refuse_foreign_classes(model: nn.Module, dataset: Dataset) -> None:
+    """Look at all labels before anything slow is begun; the model is run on one sample.
+
+    Raises:
+        DataError: labels without a class in the model's head.
+    """
+    if dataset.targets is not None:
+        with evaluating(model):
+            refuse_foreign_labels(logits(model, next(dataset.batches(1))), dataset.targets, dataset.name)
+
+
 def accuracy(model: nn.Module, dataset: Dataset, batch_size: int = 64, progress: Progress | None = None) -> Quality:
     """Fraction of the samples whose highest logit is the target's.
 
@@ -106,11 +117,12 @@ def accuracy(model: nn.Module, dataset: Dataset, batch_size: int = 64, progress:
     def score(out: Tensor, batch: Batch) -> Tensor:
         target = batch.target
         assert target is not None  # the dataset has targets
-        if out.dim() != 2 or int(target.max()) >= out.shape[1] or int(target.min()) < 0:
+        if out.dim() != 2:
             raise DataError(
-                f"'{dataset.name}' has labels from {int(target.min())} to {int(target.max())}, "
-                f"but the model gives {list(out.shape)}; accuracy needs [samples, classes] with a class for each label"
+                f"'{dataset.name}' has one label for each sample, but the model gives {list(out.shape)}; accuracy "
+                "needs [samples, classes]"
             )
+        refuse_foreign_labels(out, target, dataset.name)
         right = (out.argmax(1) == target.to(out.device)).double()
         return right.masked_fill(out.isnan().any(1), torch.nan)
 

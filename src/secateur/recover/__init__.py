@@ -33,7 +33,7 @@ def in_words(text: str) -> tuple[Recovery, Settings]:
     words = [word for word in rest.split(",") if word]
     if strange := [word for word in words if "=" not in word]:
         raise SettingsError(f"recover takes settings as name=value, like finetune:steps=300, got '{strange[0]}'")
-    recovery = find(name)
+    recovery = find(name.strip())
     return recovery, recovery.configure({k.strip(): v.strip() for k, v in (word.split("=", 1) for word in words)})
 
 

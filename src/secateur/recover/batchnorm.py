@@ -11,6 +11,8 @@ from torch import nn
 from secateur.core.errors import ModelError
 from secateur.core.method import Settings
 from secateur.core.progress import track
+from secateur.core.units import UnitKind
+from secateur.data.dataset import Dataset
 from secateur.data.running import evaluating, logits
 from secateur.recover.recovery import Recovery, Request
 from secateur.structure.layers import BATCH_NORMS
@@ -40,15 +42,29 @@ def _averaging(norms: Sequence[BatchNorm]) -> Iterator[None]:
             norm.momentum = momentum
 
 
+def _norms(model: nn.Module) -> list[BatchNorm]:
+    found = [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.track_running_stats]
+    if not found:
+        raise ModelError(f"{type(model).__name__} has no batch norm to re-estimate; use --recover finetune")
+    return found
+
+
+def refuse(model: nn.Module, data: Dataset, removed: UnitKind) -> None:
+    """Say before anything is removed that there is nothing to re-estimate.
+
+    Raises:
+        ModelError: the model has no batch norm with running statistics.
+    """
+    _norms(model)
+
+
 def reestimate(request: Request, settings: BatchNormSettings) -> dict[str, float]:
     """Replace running means and variances by plain averages of the batches' own.
 
     Raises:
         ModelError: the model has no batch norm with running statistics, or does not run on the data.
     """
-    norms = [m for m in request.model.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
-    if not norms:
-        raise ModelError(f"{type(request.model).__name__} has no batch norm to re-estimate; use --recover finetune")
+    norms = _norms(request.model)
     data = request.data.sample(settings.batches * settings.batch, request.seed)
     batches = [batch for batch in data.batches(settings.batch) if batch.samples > 1]
     with evaluating(request.model), _averaging(norms):
@@ -62,4 +78,5 @@ recovery = Recovery(
     title="re-estimate batch-norm statistics; seconds, no training, for networks with batch norm",
     settings=BatchNormSettings,
     run=reestimate,
+    refuse=refuse,
 )

@@ -11,6 +11,7 @@ from torch import nn
 from secateur.core.method import Settings, configure
 from secateur.core.plan import Plan
 from secateur.core.progress import Progress
+from secateur.core.units import UnitKind
 from secateur.data.dataset import Dataset
 
 
@@ -35,17 +36,27 @@ class Request:
     dense: nn.Module | None = None
 
 
+def anything(model: nn.Module, data: Dataset, removed: UnitKind) -> None:
+    """Refuses nothing."""
+
+
 @dataclass(frozen=True)
 class Recovery:
-    """A way to win back quality: name, what to expect of it, its settings and its function.
+    """A way to win back quality.
 
-    `run` returns figures worth reporting, such as the last training loss.
+    Attributes:
+        name: of the catalogue.
+        title: what to expect of it.
+        settings: of `run`.
+        run: returns figures worth reporting, such as the last training loss.
+        refuse: (model, data, what was or will be removed) -> raises what can be told before anything is removed.
     """
 
     name: str
     title: str
     settings: type[Settings]
     run: Callable[[Request, Any], dict[str, float]]
+    refuse: Callable[[nn.Module, Dataset, UnitKind], None] = anything
 
     def configure(self, values: Mapping[str, Any]) -> Settings:
         """Checked settings.

@@ -30,8 +30,9 @@ from secateur.core.method import Settings
 from secateur.core.progress import Progress, Silent, track
 from secateur.core.seeding import generator, seeded
 from secateur.core.units import UnitKind
-from secateur.data.batches import cacheless, logits_of
+from secateur.data.batches import IGNORED, cacheless, logits_of
 from secateur.data.chat import QUESTION, prompt_ids
+from secateur.data.dataset import Dataset
 from secateur.data.generation import Sampling, context_of, respond, stop_ids
 from secateur.data.running import device_of, evaluating, training
 from secateur.recover.recovery import Recovery, Request
@@ -39,7 +40,6 @@ from secateur.structure.sites import weight_layers
 from secateur.structure.stacks import find_stacks
 
 STOPPED, CUT = "stop", "length"
-IGNORED = -100  # labels without a loss
 
 
 @dataclass(frozen=True)
@@ -300,14 +300,19 @@ def _loss_on(model: nn.Module, exchanges: Sequence[Exchange], size: int) -> floa
     return sum(losses) / len(losses)
 
 
-def _with_lora(model: nn.Module, settings: LoRA, seed: int) -> Any:
+def _peft() -> Any:
     try:
-        from peft import LoraConfig, get_peft_model
+        import peft
     except ImportError:
         raise MissingExtraError("peft", "peft", "tuning by LoRA") from None
+    return peft
+
+
+def _with_lora(model: nn.Module, settings: LoRA, seed: int) -> Any:
+    peft = _peft()
     blocks = [name for stack in find_stacks(model) for name in stack.names]
     layers = weight_layers(model, within=blocks).layers
-    config = LoraConfig(
+    config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
@@ -315,7 +320,7 @@ def _with_lora(model: nn.Module, settings: LoRA, seed: int) -> Any:
         bias="none",
     )
     with seeded(seed):
-        return get_peft_model(model, config)
+        return peft.get_peft_model(model, config)
 
 
 def _fit(model: nn.Module, exchanges: Sequence[Exchange], settings: LoRA, seed: int, progress: Progress) -> list[float]:
@@ -349,6 +354,23 @@ def _batches(exchanges: Sequence[Exchange], size: int, seed: int) -> Iterator[li
         epoch += 1
 
 
+def refuse(model: nn.Module, data: Dataset, removed: UnitKind) -> None:
+    """Say before anything is removed what this is not for.
+
+    Raises:
+        SettingsError: single weights are removed, which merging would fill.
+        ModelError: the data are no text.
+        MissingExtraError: peft is not installed.
+    """
+    if removed is UnitKind.WEIGHT:
+        raise SettingsError(
+            "self_generated merges LoRA into whole matrices, which would fill removed weights; finetune"
+        )
+    if data.inputs.dim() != 2 or data.inputs.dtype != torch.int64:
+        raise ModelError(f"self_generated is for language models; '{data.name}' holds no windows of tokens")
+    _peft()
+
+
 def recover(request: Request, settings: SelfGeneratedSettings) -> dict[str, float]:
     """Let the unpruned model go on from the starts of the data's windows, and tune the pruned model on that.
 
@@ -361,12 +383,8 @@ def recover(request: Request, settings: SelfGeneratedSettings) -> dict[str, floa
         raise SettingsError("self_generated needs the unpruned model, which writes the answers: Request(dense=...)")
     if full is request.model:
         raise SettingsError("dense must be the model before pruning, not the pruned one itself; give a copy of it")
-    if any(site.kind is UnitKind.WEIGHT for site in request.plan.sites.values()):
-        raise SettingsError(
-            "self_generated merges LoRA into whole matrices, which would fill removed weights; finetune"
-        )
-    if data.inputs.dim() != 2 or data.inputs.dtype != torch.int64:
-        raise ModelError(f"self_generated is for language models; '{data.name}' holds no windows of tokens")
+    for kind in request.plan.kinds:
+        refuse(request.model, data, kind)
     starts = data.sample(settings.responses, request.seed).inputs[:, : settings.prompt].tolist()
     stop = stop_ids(full)
     answers = respond(full, starts, settings.sampling, stop=stop, seed=request.seed, progress=request.progress)
@@ -384,4 +402,5 @@ recovery = Recovery(
     title="tune a language model by LoRA on answers of the unpruned one; expect it to write more like that one",
     settings=SelfGeneratedSettings,
     run=recover,
+    refuse=refuse,
 )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from secateur.core.fingerprint import data_digest
 from secateur.core.method import Batch
-from secateur.data.batches import forward
+from secateur.data.batches import forward, label_loss
 from secateur.data.running import device_of, evaluating
 from secateur.train.loop import Fitting
+from secateur.train.snapshot import model_state
 
 
 def distillation(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float) -> Tensor:
@@ -24,7 +28,7 @@ def distillation(student: Tensor, teacher: Tensor, labels: Tensor, temperature: 
     soft = F.log_softmax(student.float() / temperature, -1)
     aim = F.log_softmax(teacher.float() / temperature, -1)
     divergence = F.kl_div(soft, aim, log_target=True, reduction="none").sum(-1).mean()
-    return alpha * temperature**2 * divergence + (1 - alpha) * F.cross_entropy(student.float(), labels)
+    return alpha * temperature**2 * divergence + (1 - alpha) * label_loss(student, labels)
 
 
 class Distilling(Fitting):
@@ -48,6 +52,12 @@ class Distilling(Fitting):
             stage=fit.stage,
         )
         self.teacher, self.temperature, self.alpha = teacher, temperature, alpha
+
+    @property
+    def order(self) -> dict[str, Any]:
+        """What a training depends on, as plain data."""
+        own = {"temperature": self.temperature, "alpha": self.alpha}
+        return {**super().order, **own, "teacher": data_digest(model_state(self.teacher).values())}
 
     def reordered(self, seed: int) -> Distilling:
         """The same with another order of the data."""

@@ -9,18 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from secateur.core.errors import NumericsError, SettingsError
 from secateur.core.method import Batch, Settings
 from secateur.core.progress import Progress, Silent, track
 from secateur.core.seeding import generator
-from secateur.data.batches import forward, task_loss
+from secateur.data.batches import forward, label_loss, task_loss
 from secateur.data.dataset import Dataset
 from secateur.data.running import device_of, evaluating, training
 from secateur.train.keep import MaskKeeper
@@ -172,6 +171,11 @@ class Fitting:
         """Optimiser steps of the whole recipe."""
         return self.recipe.steps
 
+    @property
+    def order(self) -> dict[str, Any]:
+        """What a training depends on, as plain data, augmentation aside."""
+        return {"recipe": self.recipe.model_dump(mode="json"), "training_data": self.data.digest}
+
     def reordered(self, seed: int) -> Fitting:
         """The same training with another order of the data."""
         return Fitting(
@@ -249,4 +253,4 @@ class Fitting:
         """Cross entropy with the recipe's label smoothing, or the next token's."""
         if batch.target is None or not self.recipe.smoothing:
             return task_loss(model, batch)
-        return F.cross_entropy(forward(model, batch).float(), batch.target, label_smoothing=self.recipe.smoothing)
+        return label_loss(forward(model, batch), batch.target, self.recipe.smoothing)

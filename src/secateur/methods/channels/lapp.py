@@ -315,7 +315,14 @@ class Lapp(Part):
                 if not (whole and branch.merge):
                     found.additions.append(branch.addition(None if whole else masks[name].nonzero().flatten().tolist()))
             found.facts[site.name] = self._facts(name)
+        next(iter(found.facts.values())).update(self._kept(run))
         return found
+
+    def _kept(self, run: Sparsifier) -> dict[str, float]:
+        """What of the original network's FLOPs stays, by-passes counted, and of what the budget counts."""
+        cost, flops = (one.total(self.counts) / one.original for one in (self.costs, self.flops))
+        own = {f"{run.order.budget.quantity}_kept": cost} if run.order.budget.quantity is Quantity.PARAMETERS else {}
+        return {key: round(value, 6) for key, value in {"flops_kept": flops, **own}.items()}
 
     def _facts(self, name: str) -> dict[str, float]:
         """Threshold, and in shares of the original network's FLOPs what stays of the layer and of its by-pass."""
