@@ -29,6 +29,7 @@ from secateur.shrink.apply import stamp
 from secateur.structure.analysis import Structure
 from secateur.structure.analysis import analyse as find_structure
 from secateur.train.loop import Fit
+from secateur.train.snapshot import model_state
 from secateur.train.sparsifier import Order, Sparsifier
 from secateur.train.study import Findings, Ledger, Study
 
@@ -214,6 +215,7 @@ def study(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     extras: Mapping[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Findings:
@@ -226,19 +228,21 @@ def study(
         sparsity: fraction of the prunable weights that is removed in the end.
         steps: optimiser steps of one whole training; default: `fit.steps`.
         budget: instead of a sparsity.
-        folder: where every round is kept; run again after a kill, it goes on and ends with the same result.
+        folder: where every round is kept; run again after a kill, it goes on and ends with the same result. It is
+            known by the settings, the network as `make` gives it, and what `fit.order` says, where it does.
         seed: of initialisation and every random draw.
         metric: which figure of `fit` is compared.
         include: shell patterns over parameter names that may be pruned.
         exclude: patterns that may not; wins over `include`.
         extras: what single procedures need besides; their documentation says it.
+        about: what else the folder is known by, plain data: the name of the data, the settings of `fit`.
         progress: receives progress; silent by default.
         **settings: the procedure's own settings.
 
     Raises:
         UnknownNameError: no such method or setting; gives the nearest names.
         ModelError: the method is no procedure; `fit` did not keep removed weights at zero.
-        SettingsError: the folder holds a run with other settings.
+        SettingsError: the folder holds a run with other settings, of another network or on other data.
     """
     entry = find_method(method)
     if entry.procedure is None:
@@ -256,6 +260,9 @@ def study(
         include=tuple(include),
         exclude=tuple(exclude),
     )
+    known = {**(about or {}), **order.to_json(), "metric": metric}
+    if folder is not None:
+        known |= {"network": _digest(make, seed), **getattr(fit, "order", {})}
     asked = Study(
         make=make,
         fit=fit,
@@ -265,7 +272,7 @@ def study(
         metric=metric,
         include=order.include,
         exclude=order.exclude,
-        ledger=Ledger(None if folder is None else Path(folder), order.to_json() | {"metric": metric}),
+        ledger=Ledger(None if folder is None else Path(folder), known),
         progress=progress or Silent(),
         extras=extras or {},
     )
@@ -273,6 +280,12 @@ def study(
     if found.masks is not None:
         found.plan = _plan_of(asked, order, found)
     return found
+
+
+def _digest(make: Callable[[], nn.Module], seed: int) -> str:
+    """Of the network that every training starts from."""
+    with seeded(seed):
+        return data_digest(model_state(make()).values())
 
 
 def _plan_of(asked: Study, order: Order, found: Findings) -> Plan:
@@ -367,7 +380,7 @@ def refuse_empty(made: Plan, budget: Budget, decision: Decision) -> None:
                 f"(--minimum 1; in Python Budget({budget.amount:g}, floor=1))"
             )
     kept, total = made.units()
-    if kept == total and budget.amount > 0 and not budget.pattern:
+    if kept == total and budget.removes and not budget.pattern:
         smallest = min(site.matrix_shape[1] if len(site.shape) > 1 else site.units for site in made.sites.values())
         raise BudgetError(
             f"{budget} removes nothing in any of {len(made.sites)} sites; "

@@ -147,3 +147,19 @@ def test_words_and_plain_data():
         "per_kind": {"head": 0.25},
     }
     assert Budget.nm("1:4").to_json()["pattern"] == "1:4"
+
+
+@pytest.mark.parametrize(
+    ("budget", "removes"),
+    [
+        (Budget(0.0), False),
+        (Budget(0.1), True),
+        (Budget(1.0, Quantity.DENSITY), False),
+        (Budget(0.5, Quantity.DENSITY), True),
+        (Budget(1, Quantity.FLOPS), False),
+        (Budget(0.99, Quantity.PARAMETERS), True),
+        (Budget(1000, Quantity.PARAMETERS), True),
+    ],
+)
+def test_whether_anything_is_asked_to_go(budget, removes):
+    assert budget.removes is removes

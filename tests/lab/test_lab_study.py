@@ -1,9 +1,11 @@
 """`secateur study`: procedures as a job, killed anywhere and resumed, with and without a pruned network."""
 
 import json
+import re
 
 import pytest
 import torch
+from torch import nn
 
 import secateur as sc
 from secateur.core.errors import BudgetError, ModelError, OutputError, SettingsError, UnknownNameError
@@ -11,7 +13,7 @@ from secateur.io.data import open_data
 from secateur.io.models import open_model
 from secateur.lab import training
 from secateur.lab.study import FINDINGS, StudyJob, figures, maker, study
-from secateur.train.loop import Fitting
+from secateur.train.loop import Fitting, Recipe
 
 
 def job(**more):
@@ -51,6 +53,58 @@ def test_a_killed_study_goes_on_and_ends_with_the_same(dies_at, tmp_path, monkey
     assert len(calls) == done + 1  # what was done is not done again, only what was cut off
     assert findings(tmp_path / "killed") == findings(tmp_path / "straight")
     assert not (tmp_path / "killed.study").exists()
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"model": "zoo:digits-resnet"}, "model='zoo:digits-mlp', this one has 'zoo:digits-resnet'"),
+        ({"pretrained": True}, "pretrained=False, this one has True"),
+        ({"validation": 0.2}, "validation=0.1, this one has 0.2"),
+        ({"recipe": {"steps": 6, "lr": 0.04, "batch": 32}}, "recipe="),
+    ],
+)
+def test_trainings_of_another_network_or_on_other_data_are_not_taken_for_one_s_own(other, said, tmp_path, monkeypatch):
+    whole, calls = Fitting.__call__, []
+
+    def dying(self, model, masks, start, stop):
+        calls.append(start)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(self, model, masks, start, stop)
+
+    monkeypatch.setattr(Fitting, "__call__", dying)
+    with pytest.raises(KeyboardInterrupt):
+        study(job(), tmp_path / "out")
+    with pytest.raises(SettingsError, match=re.escape(said)):
+        study(job(**other), tmp_path / "out")
+
+
+def test_a_study_in_python_knows_its_network_and_its_data(tmp_path):
+    opened = open_model("zoo:digits-mlp")
+    data = open_data("zoo:digits", opened).calibration.sample(64, 0)
+
+    def run(width=8, samples=64, about=None):
+        def make():
+            return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+
+        chosen = data.take(torch.arange(samples))
+        fit = Fitting(chosen, Recipe(steps=4, batch=16), lambda model: figures(model, chosen), seed=0)
+        return sc.study(make, fit, "lottery", 0.2, folder=tmp_path / "run", about=about)
+
+    first = run()
+    assert run().rows == first.rows
+    others = {"network=": {"width": 12}, "training_data=": {"samples": 60}, "x=None": {"about": {"x": 1}}}
+    for word, other in others.items():
+        with pytest.raises(SettingsError, match=word):
+            run(**other)
+
+
+def test_a_study_that_is_refused_leaves_no_folder_behind(tmp_path):
+    with pytest.raises(SettingsError, match="cannot rewind to step 9"):
+        study(job(method="rewinding", settings={"k": 9}), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    assert study(job(method="rewinding", settings={"k": 3}), tmp_path / "out").rows
 
 
 def test_the_final_network_reloads_and_is_measured_on_test_data(tmp_path):

@@ -165,8 +165,10 @@ def test_a_sparsity_is_met_exactly_where_sites_come_down_to_one_unit(nothing, pa
     kept, units = plan.units()
     assert units - kept == units // 2
     assert min(int(mask.sum()) for mask in plan.masks.values()) == 1
-    least = sc.plan(trained(), "metapruning", 0.99, example=IMAGES, metanetwork=nothing, parts=parts)
+    least = sc.plan(trained(), "metapruning", 0.9, example=IMAGES, metanetwork=nothing, parts=parts)
     assert {int(mask.sum()) for mask in least.masks.values()} == {1}
+    with pytest.raises(BudgetError, match=r"of 30 units that may be cut, at most 27 \(0.9\) can go"):
+        sc.plan(trained(), "metapruning", 0.99, example=IMAGES, metanetwork=nothing, parts=parts)
 
 
 def test_the_first_part_that_is_enough_is_the_last():
@@ -298,7 +300,7 @@ def test_a_resumed_training_does_not_change_weights_again(folder):
 
 def test_a_shorter_training_is_said(folder):
     run, _ = train(trained(), folder, stop=2)
-    assert run.finish().warnings == (f"fine-tuned for 2 of {STEPS} steps before the cut",)
+    assert f"fine-tuned for 2 of {STEPS} steps before the cut" in run.finish().warnings
 
 
 # --- meta-training --------------------------------------------------------------------------------------
@@ -342,6 +344,7 @@ class Dying:
 
     def __init__(self, at):
         self.left, self.fit, self.steps, self.data = at, fitting(), STEPS, DATA
+        self.order = self.fit.order
 
     def __call__(self, model, masks, start, stop):
         self.left -= stop > start

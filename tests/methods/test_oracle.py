@@ -323,7 +323,7 @@ def test_a_finished_folder_takes_further_criteria_without_training_but_no_other_
     assert ranking(found, "loss", "middle")["pairs"] == 4
     other = {name: value + 1 if name == "0.bias" else value for name, value in STATE.items()}
     with pytest.raises(SettingsError, match="other weights"):
-        study(extras={"state": other}, candidates=4, folder=tmp_path)
+        study(Spy(), extras={"state": other}, candidates=4, folder=tmp_path)
 
 
 def test_a_criterion_sees_the_whole_model_and_what_goes():

@@ -149,7 +149,7 @@ def test_masks_must_shrink_and_k_must_fit():
 
 
 def test_a_ledger_refuses_another_order(tmp_path):
-    Ledger(tmp_path / "run", {"seed": 0, "rate": 0.2})
+    Ledger(tmp_path / "run", {"seed": 0, "rate": 0.2}).begin()
     with pytest.raises(SettingsError, match=r"holds a run with rate=0.2, this one has 0.3"):
         Ledger(tmp_path / "run", {"seed": 0, "rate": 0.3})
 

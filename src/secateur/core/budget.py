@@ -114,6 +114,11 @@ class Budget:
         return replace(self, per_kind=())
 
     @property
+    def removes(self) -> bool:
+        """Whether it asks that anything goes; sparsity 0 and a share of 1 do not."""
+        return self.amount > 0 if self.quantity is Quantity.SPARSITY else self.amount != 1
+
+    @property
     def sparsity(self) -> float:
         """The fraction asked to go.
 

@@ -28,6 +28,7 @@ from secateur.train.snapshot import model_state, put_back
 from secateur.train.study import Findings
 
 FINDINGS = "findings.json"  # in OUT/secateur
+KNOWN_BY = {"model", "weights", "validation", "pretrained"}  # beside what `api.study` knows a folder by
 
 
 class StudyJob(TrainingRequest):
@@ -67,11 +68,13 @@ def study(job: StudyJob, out: str | Path, progress: Progress | None = None) -> F
         include=job.include,
         exclude=job.exclude,
         extras={"data": validation},
+        about=job.model_dump(mode="json", include=KNOWN_BY) | {"data": job.data or opened.data},
         progress=progress,
         **job.settings,
     )
     _save(job, out, opened, splits.evaluation, found)
-    shutil.rmtree(kept)
+    if kept.exists():
+        shutil.rmtree(kept)
     return found
 
 

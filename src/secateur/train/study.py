@@ -26,13 +26,14 @@ from secateur.train.snapshot import model_state, put_back
 
 State = dict[str, Tensor]
 Masks = dict[str, Tensor]
+ORDER = "order"  # in a ledger's folder
 
 
 class Ledger:
     """Results by name, each written once: a killed procedure finds them again and goes on.
 
     Args:
-        folder: where; in memory only without one.
+        folder: where; in memory only without one. Made with the first result, or by `begin`.
         order: what the results depend on.
 
     Raises:
@@ -40,20 +41,21 @@ class Ledger:
     """
 
     def __init__(self, folder: Path | None, order: Mapping[str, Any]):
-        self.folder, self._held = folder, dict[str, Any]()
-        if folder is None:
+        self.folder, self.order, self._held = folder, dict(order), dict[str, Any]()
+        if folder is None or not (folder / ORDER).exists():
             return
-        place = folder / "order"
-        if place.exists():
-            saved = load_tree(place)
-            for key in {**saved, **order}:
-                if saved.get(key) != order.get(key):
-                    raise SettingsError(
-                        f"'{folder}' holds a run with {key}={saved.get(key)!r}, this one has {order.get(key)!r}; "
-                        "choose another folder or the same settings"
-                    )
-        else:
-            save_tree(dict(order), place)
+        saved = load_tree(folder / ORDER)
+        for key in {**order, **saved}:
+            if saved.get(key) != order.get(key):
+                raise SettingsError(
+                    f"'{folder}' holds a run with {key}={saved.get(key)!r}, this one has {order.get(key)!r}; "
+                    "choose another folder or the same settings, or remove it"
+                )
+
+    def begin(self) -> None:
+        """Write down what the results depend on; whoever comes with another order is refused from now on."""
+        if self.folder is not None and not (self.folder / ORDER).exists():
+            save_tree(self.order, self.folder / ORDER)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """The stored result of that name, or `make()`, stored. Results are plain data and tensors."""
@@ -64,7 +66,9 @@ class Ledger:
             return self._held[name]
         place = self.folder / name
         if not place.exists():
-            save_tree(make(), place)
+            made = make()
+            self.begin()
+            save_tree(made, place)
         return load_tree(place)
 
 
