@@ -558,6 +558,13 @@ def test_budgets_out_of_reach_give_the_range(method):
         plan(llama(), method, None, budget=sc.Budget(0.01, "parameters"))
 
 
+@pytest.mark.parametrize("budget", [sc.Budget(1, "flops"), sc.Budget(1, "parameters"), sc.Budget(0)])
+def test_a_budget_that_asks_for_nothing_removes_nothing(budget):
+    made = plan(net(), "channel_norm", None, budget=budget)
+    assert made.sparsity == 0
+    assert not made.warnings
+
+
 @pytest.mark.parametrize("quantity", ["units"])
 def test_numbers_of_units_are_refused(quantity):
     with pytest.raises(BudgetError, match="structured methods take a sparsity, or a budget in parameters"):
@@ -571,9 +578,94 @@ def test_amounts_for_single_kinds():
     assert shares == {UnitKind.HEAD: 0.5, UnitKind.NEURON: 0.25}
 
 
-def test_floors_and_the_largest_cut():
-    assert plan(net(), "channel_norm", None, budget=sc.Budget(0.9, floor=3)).kept("b:channel") == 3
-    assert plan(net(), "channel_norm", 0.9, largest_cut=0.5).kept("a:channel") == 4
+def wide_and_narrow() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def test_a_floor_holds_and_a_site_that_it_holds_back_is_named():
+    given = {"example": torch.randn(2, 4), "multiple": 1}
+    made = sc.plan(wide_and_narrow(), "channel_norm", budget=sc.Budget(0.5, floor=6), **given)
+    assert (made.kept("0:neuron"), made.kept("2:neuron")) == (32, 6)
+    (said,) = made.warnings
+    assert said.startswith("1 of 2 sites cannot lose what sparsity 0.5 asks, '2:neuron' first: every site keeps 6 ")
+    assert not sc.plan(wide_and_narrow(), "channel_norm", 0.5, **given).warnings
+    both = sc.plan(wide_and_narrow(), "channel_norm", budget=sc.Budget(0.5, floor=6), scope="global", **given)
+    assert both.units() == (36, 72)  # others go instead
+    assert not both.warnings
+
+
+@pytest.mark.parametrize(
+    ("amount", "words", "more"),
+    [
+        (0.95, r"sparsity 0.95 is out of reach: of 72 units that may be cut, at most 64 \(0.8889\) can go", {}),
+        (0.95, r"every site keeps 1 unit and 0.1 of its units \(largest_cut=0.9\)", {"steps": 3}),
+        (0.9, r"at most 36 \(0.5\)", {"largest_cut": 0.5, "scope": "global"}),
+        (sc.Budget(0.5, per_kind=((UnitKind.NEURON, 0.95),)), r"sparsity 0\.95 is out of reach", {}),
+        (
+            sc.Budget(0.8, floor=40),
+            r"of 72 units that may be cut, at most 24 .* every site keeps 40 units \(--minimum\)$",
+            {"largest_cut": 1.0},
+        ),
+    ],
+)
+def test_a_sparsity_that_floors_do_not_allow_is_refused(amount, words, more):
+    budget = amount if isinstance(amount, sc.Budget) else sc.Budget(amount)
+    with pytest.raises(BudgetError, match=words):
+        sc.plan(wide_and_narrow(), "channel_norm", budget=budget, example=torch.randn(2, 4), **more)
+
+
+def test_the_largest_cut_itself_can_be_asked_for():
+    given = {"example": torch.randn(2, 4), "multiple": 1, "largest_cut": 0.5}
+    assert sc.plan(wide_and_narrow(), "channel_norm", 0.5, **given).units() == (36, 72)
+
+
+def test_a_density_of_single_kinds_is_reached_in_steps():
+    kinds = ((UnitKind.NEURON, 0.5), (UnitKind.HEAD, 0.75))
+    budget = sc.Budget(0.8, "density", per_kind=kinds)
+    one, more = (plan(llama(4, 4), "channel_norm", None, budget=budget, steps=steps) for steps in (1, 4))
+    assert [more.kept(name) for name in more.sites] == [one.kept(name) for name in one.sites]
+
+
+def grouped(groups: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 24, 3, padding=1, groups=groups), nn.ReLU(),
+        nn.Conv2d(24, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_groups_may_come_down_to_one_before_the_last_step(scope):
+    """The convolution is no grouped one any more then, and its site stands for the channels of the last group."""
+    example = torch.randn(2, 3, 8, 8)
+    given = {"multiple": 1, "example": example, "scope": scope, "steps": 4, "largest_cut": 1.0}
+    model = grouped()
+    made = sc.plan(model, "channel_norm", 0.85, **given)
+    for name, site in made.sites.items():
+        assert 1 <= made.kept(name) <= site.units
+    kept, total = made.units()
+    if scope == "global":
+        assert total - kept == floor(0.85 * total)
+    sc.apply_(model, made)
+    assert model[2].groups == made.kept("0:channel") == 1
+    assert model(example).shape == (2, 4)
+
+
+def test_only_the_last_step_is_held_to_one_percent():
+    """Whole blocks of widths: what lies between may be far from any share on the way."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    given = {"example": torch.randn(2, 4), "multiple": 1, "largest_cut": 1.0}
+    reached = set()
+    for steps in (1, 2, 3, 5):
+        made = sc.plan(model, "channel_norm", budget=sc.Budget(28 / 60, "parameters"), steps=steps, **given)
+        reached.add(next(iter(made.facts.values()))["parameters_kept"])
+    assert all(27.4 / 60 < share <= 28 / 60 + 1e-6 for share in reached)
+    with pytest.raises(BudgetError, match=r"parameters 0.5 cannot be met within 1%.*; ask for another amount$"):
+        sc.plan(model, "channel_norm", budget=sc.Budget(0.5, "parameters"), steps=3, **given)
+    with pytest.raises(BudgetError, match=r"parameters 0.01 is out of reach"):
+        sc.plan(model, "channel_norm", budget=sc.Budget(0.01, "parameters"), steps=3, **given)
 
 
 def test_widths_are_multiples_where_layers_are_wide():

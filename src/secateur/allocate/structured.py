@@ -82,11 +82,28 @@ class Widths:
         nearest = max(1, int(count / step + 0.5)) * step
         return min(max(nearest, self.lowest(site)), site.units)
 
+    def floor(self, site: Site) -> int:
+        """The smallest count, widths that machines like aside."""
+        least = max(min(self.minimum, site.units), ceil(self.smallest_share * site.units - 1e-9))
+        return min(max(1, least, self.least.get(site.name, 1)), site.units)
+
     def lowest(self, site: Site) -> int:
         """The smallest count that is allowed."""
         step = self.step(site)
-        least = max(min(self.minimum, site.units), ceil(self.smallest_share * site.units - 1e-9))
-        return min(-(-max(1, least, self.least.get(site.name, 1)) // step) * step, site.units)
+        return min(-(-self.floor(site) // step) * step, site.units)
+
+    @property
+    def floors(self) -> str:
+        """What every site keeps, in words."""
+        words = [f"{self.minimum} units (--minimum)" if self.minimum > 1 else "1 unit"]
+        if self.smallest_share:
+            words.append(f"{self.smallest_share:.4g} of its units (largest_cut={1 - self.smallest_share:g})")
+        return " and ".join([*words, *(["what its code asks for"] if self.least else [])])
+
+    @property
+    def wider(self) -> str:
+        """The settings that would allow more widths than these do; empty if none would."""
+        return ", ".join(word for word, on in (("multiple=1", self.multiple > 1), ("layout=free", self.uniform)) if on)
 
 
 def normalised(scores: Mapping[str, Tensor], how: Normalise) -> dict[str, Tensor]:
@@ -160,6 +177,26 @@ class Ranking:
                 found[name] = max(1, left) if exact else self.widths.rounded(self.sites[name], left)
         return self._made_uniform(found) if self.widths.uniform else {name: found[name] for name in self.sites}
 
+    def short(self, share: float) -> list[str]:
+        """The sites of the pools that cannot lose `share` of their units, because of the sites' floors.
+
+        Raises:
+            BudgetError: not even all of them together can lose that many.
+        """
+        asked, possible, held = 0, 0, list[str]()
+        for names, order in zip(self.pools, self.orders, strict=True):
+            wanted = floor(share * len(order) + 1e-9)
+            left = len(order) - sum(self.widths.floor(self.sites[name]) for name in names)
+            held += names if left < wanted else []
+            asked, possible = asked + wanted, possible + left
+        if possible < asked:
+            units = sum(len(order) for order in self.orders)
+            raise BudgetError(
+                f"sparsity {share:g} is out of reach: of {units} units that may be cut, at most {possible} "
+                f"({possible / units:.4g}) can go, because every site keeps {self.widths.floors}"
+            )
+        return held
+
     def _made_uniform(self, counts: Counts) -> Counts:
         groups: dict[tuple[object, ...], list[str]] = defaultdict(list)
         for name in self.sites:
@@ -172,9 +209,15 @@ class Ranking:
 
 
 def choose_units(
-    sites: Mapping[str, Site], scores: Mapping[str, Tensor], budget: Budget, widths: Widths, cost: Cost | None = None
+    sites: Mapping[str, Site],
+    scores: Mapping[str, Tensor],
+    budget: Budget,
+    widths: Widths,
+    cost: Cost | None = None,
+    *,
+    near: bool = True,
 ) -> dict[str, Tensor]:
-    """Keep-masks of structured sites that meet a budget.
+    """Keep-masks of structured sites that meet a budget, as far as widths and floors allow.
 
     Args:
         sites: what can be cut.
@@ -182,9 +225,10 @@ def choose_units(
         budget: a sparsity or density of units, or an amount of what `cost` counts.
         widths: rounding, minimum, scope.
         cost: kept counts -> parameters, FLOPs, bytes or milliseconds of the whole model.
+        near: whether what `cost` counts must be met within `TOLERANCE`.
 
     Raises:
-        BudgetError: out of reach; gives the reachable range.
+        BudgetError: a cost out of reach; gives the reachable range.
     """
     ranking = Ranking(sites, scores, widths)
     if budget.quantity in (Quantity.SPARSITY, Quantity.DENSITY):
@@ -192,16 +236,18 @@ def choose_units(
     else:
         if cost is None:
             raise BudgetError(f"a budget in {budget.quantity} needs a cost model; give a sparsity here")
-        counts = within(ranking, scores, budget, cost)
+        counts = within(ranking, scores, budget, cost, near=near)
     return {name: keep_top(scores[name], counts[name]) for name in sites}
 
 
 def target_of(budget: Budget, dense: float) -> float:
-    """The cost that may stay: an amount up to 1 is a share of the dense model's."""
+    """The cost that may stay: an amount up to 1 is a share of the dense model's, and so is a density."""
+    if budget.quantity is Quantity.SPARSITY:
+        return (1 - budget.amount) * dense
     return budget.amount * dense if budget.amount <= 1 else budget.amount
 
 
-def reachable(ranking: Ranking, budget: Budget, cost: Cost) -> tuple[float, float]:
+def reachable(ranking: Ranking, budget: Budget, cost: Cost, *, refuse: bool = True) -> tuple[float, float]:
     """The dense cost and the one that may stay, whatever the scores are.
 
     Raises:
@@ -210,7 +256,7 @@ def reachable(ranking: Ranking, budget: Budget, cost: Cost) -> tuple[float, floa
     dense = cost({name: site.units for name, site in ranking.sites.items()})
     target = target_of(budget, dense)
     least = cost(ranking.counts(1.0))
-    if not least <= target <= dense * (1 + 1e-9):
+    if refuse and not least <= target <= dense * (1 + 1e-9):
         raise BudgetError(
             f"{budget} is out of reach: the sites that may be cut allow {least / dense:.4g} to 1 of the dense "
             f"{budget.quantity} ({least:.6g} to {dense:.6g}), {target:.6g} was asked for"
@@ -218,13 +264,20 @@ def reachable(ranking: Ranking, budget: Budget, cost: Cost) -> tuple[float, floa
     return dense, target
 
 
-def within(ranking: Ranking, scores: Mapping[str, Tensor], budget: Budget, cost: Cost) -> Counts:
-    """Counts whose cost is the budget's, from below, within `TOLERANCE` of the dense cost.
+def within(ranking: Ranking, scores: Mapping[str, Tensor], budget: Budget, cost: Cost, *, near: bool = True) -> Counts:
+    """Counts whose cost is the budget's, from below and within `TOLERANCE` of the dense cost.
+
+    Args:
+        ranking: of the units.
+        scores: site -> `[units]`.
+        budget: what may stay.
+        cost: of kept counts.
+        near: refuse what is not met; otherwise go as near as widths and floors allow.
 
     Raises:
         BudgetError: out of reach; gives the reachable range.
     """
-    dense, target = reachable(ranking, budget, cost)
+    dense, target = reachable(ranking, budget, cost, refuse=near)
     low, high = 0.0, 1.0  # share removed: too little, enough
     for _ in range(40):
         middle = (low + high) / 2
@@ -233,12 +286,12 @@ def within(ranking: Ranking, scores: Mapping[str, Tensor], budget: Budget, cost:
     if not ranking.widths.uniform:
         counts = filled(ranking, scores, counts, Goal(cost, target, TOLERANCE * dense))
     reached = cost(counts)
-    if target - reached > TOLERANCE * dense:
+    if near and target - reached > TOLERANCE * dense:
         above = cost(ranking.counts(low))
+        wider = f"allow other widths ({ranking.widths.wider}) or ask" if ranking.widths.wider else "ask"
         raise BudgetError(
             f"{budget} cannot be met within {TOLERANCE:.0%}: the nearest that these widths allow are "
-            f"{reached / dense:.4g} and {above / dense:.4g} of the dense {budget.quantity}; "
-            "allow other widths (multiple=1, layout=free) or another amount"
+            f"{reached / dense:.4g} and {above / dense:.4g} of the dense {budget.quantity}; {wider} for another amount"
         )
     return counts
 
@@ -251,7 +304,7 @@ def meet_cost(
     Args:
         counts_at: removed share -> kept units; never more for a larger share.
         sites: what can be cut.
-        budget: in what `cost` counts.
+        budget: in what `cost` counts; a sparsity or density is a share of it.
         cost: kept counts -> parameters, FLOPs or bytes of the whole model.
         largest: the largest share that the allocation can be asked for.
 
@@ -262,9 +315,10 @@ def meet_cost(
     target = target_of(budget, dense)
     least = cost(counts_at(largest))
     if not least <= target <= dense * (1 + 1e-9):
+        counted = Quantity.PARAMETERS if budget.quantity in (Quantity.SPARSITY, Quantity.DENSITY) else budget.quantity
         raise BudgetError(
             f"{budget} is out of reach: this allocation allows {least / dense:.4g} to 1 of the dense "
-            f"{budget.quantity} ({least:.6g} to {dense:.6g}), {target:.6g} was asked for"
+            f"{counted} ({least:.6g} to {dense:.6g}), {target:.6g} was asked for"
         )
     low, high = 0.0, largest
     for _ in range(50):

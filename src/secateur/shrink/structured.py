@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from secateur.allocate.structured import (
+    TOLERANCE,
     Cost,
     Counts,
     Normalise,
@@ -35,6 +36,7 @@ from secateur.core.units import Site, UnitKind
 from secateur.data.example import example_for
 from secateur.measure.latency import latency
 from secateur.measure.table import LatencyTable
+from secateur.shrink.bypass import MergedBypass
 from secateur.shrink.cut import STRUCTURED, cut_out
 from secateur.structure.analysis import Structure, analyse
 from secateur.structure.kinds import OUT_DIM
@@ -171,9 +173,11 @@ def wanted_sites(
             found[name] = site
     if not found:
         there = ", ".join(sorted({site.kind.value for site in structure.sites.values()})) or "none"
+        merged = any(isinstance(module, MergedBypass) for module in task.model.modules())
         raise ModelError(
             f"nothing is left to cut in {type(task.model).__name__}: kinds of unit found: {there}; "
-            "see `secateur inspect` for what is frozen and why"
+            + ("by-passes that are merged into filters (merge=true) fix their channels; " if merged else "")
+            + "see `secateur inspect` for what is frozen and why"
         )
     return found
 
@@ -340,19 +344,24 @@ class Work:
                 "several steps and budgets in milliseconds need the whole model in memory; use steps=1 and another "
                 "budget"
             )
-        masks, scores = self.whole(), dict[str, Tensor]()
+        masks, scores, held = self.whole(), dict[str, Tensor](), list[str]()
         for step in range(1, self.settings.steps + 1):
             scores = self.scores(criterion, masks)
-            masks = self.choose(scores, self.partial(step / self.settings.steps), masks)
+            if step == 1:
+                held = self._reaches(scores)
+            part, timed = step / self.settings.steps, self.budget.quantity is Quantity.MILLISECONDS
+            masks = self.choose(scores, self.partial(part), masks, near=part == 1 and not timed)
         if self.budget.quantity is Quantity.MILLISECONDS:
             masks = self.as_measured(scores, masks)
-        return self.conclude(masks, scores)
+        decision = self.conclude(masks, scores)
+        decision.warnings += held
+        return decision
 
     def whole(self) -> dict[str, Tensor]:
         """Masks that keep everything."""
         return {name: torch.ones(site.units, dtype=torch.bool) for name, site in self.sites.items()}
 
-    def refuse_unreachable(self, scored: Collection[str]) -> None:
+    def refuse_unreachable(self, scored: Collection[str]) -> list[str]:
         """Say before a long training that the cut at its end could not meet the budget.
 
         Budgets in milliseconds are met by measuring, so only then.
@@ -360,27 +369,58 @@ class Work:
         Args:
             scored: sites that will have scores; the others stay whole.
 
+        Returns:
+            Warnings: a sparsity that single sites cannot have.
+
         Raises:
             BudgetError: out of reach whatever the scores are; gives the reachable range.
         """
-        if self.budget.quantity is Quantity.MILLISECONDS or self.cost is None:
-            return
+        return [] if self.budget.quantity is Quantity.MILLISECONDS else self._reaches(scored)
+
+    def _reaches(self, scored: Collection[str]) -> list[str]:
+        """As `refuse_unreachable`, for every quantity."""
         silent = {name: site.units for name, site in self.sites.items() if name not in scored}
         widths = replace(self.widths, fixed={**silent, **self.widths.fixed})
         equal = {name: torch.zeros(site.units) for name, site in self.sites.items()}
-        reachable(Ranking(self.sites, equal, widths), self.budget, self.cost)
+        if self.cost is not None:
+            reachable(Ranking(self.sites, equal, widths), self.budget, self.cost)
+            return []
+        held = list[str]()
+        for kind, own in self._sharing():
+            ranking = Ranking(own, equal, replace(widths, fixed=_of(widths.fixed, own)))
+            held += ranking.short(self.task.budget.of(kind).sparsity)
+        if not held:
+            return []
+        return [
+            f"{len(held)} of {len(self.sites)} sites cannot lose what {self.task.budget} asks, '{held[0]}' first: "
+            f"every site keeps {widths.floors}"
+        ]
 
-    def choose(self, scores: Mapping[str, Tensor], budget: Budget, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Keep-masks for a budget. Sites without a score keep what they have in `masks`."""
+    def _sharing(self) -> Iterator[tuple[UnitKind, dict[str, Site]]]:
+        """The sites with one amount of a sparsity: all of them, or kind by kind where the budget names kinds."""
+        kinds = dict.fromkeys(site.kind for site in self.sites.values())
+        if not self.task.budget.per_kind:
+            yield next(iter(kinds)), dict(self.sites)
+            return
+        for kind in kinds:
+            yield kind, {name: site for name, site in self.sites.items() if site.kind is kind}
+
+    def choose(
+        self, scores: Mapping[str, Tensor], budget: Budget, masks: Mapping[str, Tensor], *, near: bool = True
+    ) -> dict[str, Tensor]:
+        """Keep-masks for a budget. Sites without a score keep what they have in `masks`.
+
+        Raises:
+            BudgetError: a cost out of reach, or not met within 1 % where it must be `near`.
+        """
         silent = {name: int(masks[name].sum()) for name in self.sites if name not in scores}
         widths = replace(self.widths, fixed={**silent, **self.widths.fixed})
         ranked = {name: scores.get(name, masks[name].float()) for name in self.sites}
         if self.cost is not None or not self.task.budget.per_kind:
-            return choose_units(self.sites, ranked, budget, widths, self.cost)
-        share = budget.amount / self.budget.amount if self.budget.amount else 1.0  # of the whole way, in steps
+            return choose_units(self.sites, ranked, budget, widths, self.cost, near=near)
+        share = budget.sparsity / self.budget.sparsity if self.budget.sparsity else 1.0  # of the whole way, in steps
         found: dict[str, Tensor] = {}
-        for kind in dict.fromkeys(site.kind for site in self.sites.values()):
-            own = {name: site for name, site in self.sites.items() if site.kind is kind}
+        for kind, own in self._sharing():
             wanted = Budget(self.task.budget.of(kind).sparsity * share, floor=budget.floor)
             found |= choose_units(own, ranked, wanted, replace(widths, fixed=_of(widths.fixed, own)))
         return {name: found[name] for name in self.sites}
@@ -427,8 +467,22 @@ class Work:
         decision = Decision(sites=dict(self.sites), masks=dict(masks), structure=self.structure)
         decision.scores = dict(scores) if self.task.keep_scores else {}
         decision.warnings = [f"'{module}' ({name}): {why}" for module, name, why in self.structure.unknown]
+        decision.warnings += self._missed({name: int(mask.sum()) for name, mask in masks.items()})
         decision.facts = _facts(self.structure, self.sites, masks)
         return decision
+
+    def _missed(self, counts: Counts) -> list[str]:
+        """A word where an allocation of its own went further below a budget than whole widths explain."""
+        if self.budget.quantity is Quantity.MILLISECONDS or self.cost is None:
+            return []
+        dense = self.cost({name: site.units for name, site in self.sites.items()})
+        reached = self.cost(counts) / dense
+        if target_of(self.budget, dense) / dense - reached <= TOLERANCE:
+            return []
+        return [
+            f"more goes than {self.budget} asks, {reached:.4g} of the dense {self.budget.quantity} is left: the widths "
+            "that this method's allocation can choose lie further apart"
+        ]
 
     def scores(self, criterion: Criterion, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Scores at the sites' full size: what went in an earlier step stays lowest."""
@@ -447,7 +501,9 @@ class Work:
     def _scored_again(self, criterion: Criterion, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with self._cut(masks):
             smaller = analyse(self.task.model, self.example)
-            view = {name: smaller.sites[name] for name in self.sites if name in smaller.sites}
+            # a site that is down to one group is gone, or stands for the channels of that group
+            there = {n: site for n, site in smaller.sites.items() if n in masks and site.units == int(masks[n].sum())}
+            view = {name: there[name] for name in self.sites if name in there}
             found = dict(criterion(View(self.task.model, smaller, view, self.task))) if view else {}
         for name, mask in masks.items():
             if name not in view and int(mask.sum()) == 1 < len(mask):
@@ -477,9 +533,10 @@ class Work:
             if abs(ratio - 1) <= LATENCY_TOLERANCE:
                 return masks
             aim = replace(aim, amount=min(1.0, max(0.01, target_of(aim, whole) / whole / ratio)))
-            masks = self.choose(scores, aim, masks)
+            masks = self.choose(scores, aim, masks, near=False)
         raise BudgetError(
             f"{self.budget} was not met within {LATENCY_TOLERANCE:.0%} in {AIMS} measured tries; the nearest was "
-            f"{best:.3g} times what was asked for. Time on a quiet machine, allow other widths (multiple=1), or "
-            "ask for another amount"
+            f"{best:.3g} times what was asked for. Time on a quiet machine, "
+            + (f"allow other widths ({self.widths.wider}), " if self.widths.wider else "")
+            + "or ask for another amount"
         )

@@ -44,7 +44,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from secateur.allocate.structured import Normalise, Ranking, Scope, reachable
+from secateur.allocate.structured import Normalise, Scope, target_of
 from secateur.core import tags as t
 from secateur.core.budget import Budget, Quantity
 from secateur.core.errors import BudgetError, SettingsError
@@ -144,7 +144,8 @@ def pruned(work: Work, settings: MetaPruningSettings) -> Decision:
     Raises:
         BudgetError: out of reach; gives the reachable range.
     """
-    aim, masks, scores = cost_aim(work), work.whole(), dict[str, Tensor]()
+    held, aim = refuse_budget(work), cost_aim(work)
+    masks, scores = work.whole(), dict[str, Tensor]()
     for part in track(range(1, settings.parts + 1), work.task.progress, "pruning"):
         share = part / settings.parts * work.budget.sparsity if aim is None else min(part / settings.parts, LAST)
         scores = work.scores(importance, masks)
@@ -152,20 +153,32 @@ def pruned(work: Work, settings: MetaPruningSettings) -> Decision:
         if aim is not None and aim(masks):
             break
     decision = work.conclude(masks, scores)
+    decision.warnings += held
     for facts in decision.facts.values():
         facts["speedup"] = round(settings.already / facts["flops_kept"], 6)
     return decision
 
 
-def cost_aim(work: Work) -> Callable[[Mapping[str, Tensor]], bool] | None:
-    """Whether masks are within a budget of cost; None where the budget is a share of the units."""
+def refuse_budget(work: Work) -> list[str]:
+    """Say before a long training what the cut could not meet.
+
+    Returns:
+        Warnings: a sparsity that single sites cannot have.
+
+    Raises:
+        BudgetError: in milliseconds, or out of reach; gives the reachable range.
+    """
     if work.budget.quantity is Quantity.MILLISECONDS:  # before anything is timed
         raise BudgetError("this method stops by FLOPs, parameters, bytes or a sparsity; give one of these")
+    return work.refuse_unreachable(work.sites)
+
+
+def cost_aim(work: Work) -> Callable[[Mapping[str, Tensor]], bool] | None:
+    """Whether masks are within a budget of cost; None where the budget is a share of the units."""
     cost = work.cost
     if cost is None:
         return None
-    equal = {name: torch.zeros(site.units) for name, site in work.sites.items()}
-    _, target = reachable(Ranking(work.sites, equal, work.widths), work.budget, cost)
+    target = target_of(work.budget, cost({name: site.units for name, site in work.sites.items()}))
     return lambda masks: cost({name: int(mask.sum()) for name, mask in masks.items()}) <= target
 
 
@@ -216,7 +229,7 @@ class Eased(StructuredEnd):
         """Find the sites; refuse now what could not be met in the end."""
         super().start(run)
         self.work = replace(self.work, task=replace(self.work.task, budget=self.budget))
-        cost_aim(self.work)
+        refuse_budget(self.work)
 
     def before_batch(self, run: Sparsifier) -> None:
         """Once: the network gets its new weights."""
@@ -353,7 +366,7 @@ def task_of(study: Study, model: nn.Module) -> Task:
 def subject_of(study: Study, settings: MetaPruningSettings, model: nn.Module) -> Subject:
     """A network of the study as something to learn on."""
     work = found_in(task_of(study, model.eval()), settings)
-    cost_aim(work)
+    refuse_budget(work)
     return Subject(model, graph_of(model, work.example), work.sites)
 
 

@@ -154,8 +154,10 @@ def plan(task: Task, settings: MAWSettings) -> Decision:
     if settings.expansion_rate is not None:
         work = at_rate(work, settings.expansion_rate, hidden)
     everything = {name: torch.ones(site.units, dtype=torch.bool) for name, site in work.sites.items()}
+    held = work.refuse_unreachable(scores)
     masks = work.choose(scores, work.budget, everything)
     decision = work.conclude(masks, scores)
+    decision.warnings += held
     for name, mask in masks.items():
         kept = int(mask.sum())
         decision.facts.setdefault(name, {}).update(
