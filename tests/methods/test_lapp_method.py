@@ -531,6 +531,28 @@ def test_kept_filters_can_be_pruned_again_and_go_with_their_places(tmp_path):
     assert [one["kept"] for one in additions_of(loaded)] == after
 
 
+@pytest.mark.parametrize("merge", [False, True])
+def test_layers_with_by_passes_are_not_factorised(merge):
+    model, _, run = trained(0.6, merge=merge)
+    sc.apply_(model, run.finish())
+    x = batch(50)[0]
+    plan = sc.plan(model, "svd", 0.0, amount=0.3, example=Batch((x,)))
+    beside = {one["conv"] for one in additions_of(model)}
+    assert beside
+    assert not beside & {name.removesuffix(":rank") for name in plan.sites}
+    assert any("a by-pass stands beside it" in line for line in plan.warnings)
+    sc.apply_(model, plan)
+    assert model(x).isfinite().all()
+    assert {one["conv"] for one in additions_of(model) if one["kind"] == "bypass"} == beside
+
+
+def test_merged_channels_say_why_they_cannot_be_pruned_again():
+    model, _, run = trained(0.6, merge=True)
+    sc.apply_(model, run.finish())
+    with pytest.raises(ModelError, match=r"by-passes that are merged into filters \(merge=true\) fix their channels"):
+        sc.plan(model, "channel_norm", 0.3, example=Batch((batch(50)[0],)), include=("convs.*",))
+
+
 # --- other people's loops ------------------------------------------------------------------------------------
 
 

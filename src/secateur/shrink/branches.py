@@ -55,7 +55,7 @@ class BranchSettings(Settings):
     merge: bool = Field(
         False,
         description="in the end put by-passes into the filters that stay (their norms' statistics are fixed by that), "
-        "so that they run for filters that went only",
+        "so that they run for filters that went only; no channel of such a layer can be removed later",
     )
 
 

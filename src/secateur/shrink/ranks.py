@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from secateur.allocate.structured import Counts, meet_cost
+from secateur.allocate.structured import TOLERANCE, Counts, Goal, meet_cost, target_of
 from secateur.core.budget import Budget, Quantity
 from secateur.core.errors import BudgetError, ModelError
 from secateur.core.method import Batch, Decision
@@ -20,6 +21,7 @@ from secateur.data.batches import run
 from secateur.data.running import evaluating, resized
 from secateur.measure.flops import flops
 from secateur.scores.spectrum import Rule, Spectrum, full_rank
+from secateur.shrink.bypass import Bypass, bypasses_in
 from secateur.structure.sites import weight_layers
 from secateur.train.sharding import whole
 
@@ -126,10 +128,10 @@ class RankLayers:
         """
         found, skipped = {}, {}
         listed = weight_layers(model, wants, needed=False)
-        shared = _shared(model)
+        kept = _shared(model) | _of_bypasses(model)
         for parameter, layer in listed.layers.items():
             name, module = parameter.rpartition(".")[0], layer.module
-            reason = _unfit(module, linear, layer.site.layout) or shared.get(id(layer.module.weight), "")
+            reason = _unfit(module, linear, layer.site.layout) or kept.get(id(layer.module.weight), "")
             if reason:
                 skipped[name] = reason
             else:
@@ -176,25 +178,31 @@ class RankLayers:
         Raises:
             BudgetError: it counts something else than parameters or FLOPs.
         """
-        if budget.quantity is Quantity.PARAMETERS:
+        if budget.quantity in (Quantity.PARAMETERS, Quantity.SPARSITY, Quantity.DENSITY):
             return self.parameters
         if budget.quantity is Quantity.FLOPS:
             self.work[:] = [Work.of(self, resized(example(), 1))]
             return self.work[0].flops
         raise BudgetError(f"ranks take a budget in parameters or flops, or a sparsity of parameters, not in {budget}")
 
-    def within(self, spectra: Mapping[str, Spectrum], budget: Budget, example: Callable[[], Batch]) -> Counts:
+    def within(
+        self, spectra: Mapping[str, Spectrum], budget: Budget, example: Callable[[], Batch], *, near: bool = True
+    ) -> Counts:
         """Ranks that meet a budget: the largest share of energy, common to all layers, that it allows.
 
-        No layer falls below the budget's floor; one that would not get smaller or cheaper stays whole.
+        No layer falls below the budget's floor; one that would not get smaller or cheaper stays whole. What that leaves
+        of the budget goes to single layers, those with most to regain first, until it is met within 1 %.
+
+        Args:
+            spectra: of the layers.
+            budget: what may stay.
+            example: gives inputs; only asked for by budgets in FLOPs.
+            near: refuse what is not met within 1 %.
 
         Raises:
-            BudgetError: out of reach; gives the reachable range.
+            BudgetError: out of reach, or not met; gives what is reachable.
         """
-        budget = budget.of(UnitKind.RANK)
         least = {name: min(layer.full, max(1, budget.floor)) for name, layer in self.layers.items()}
-        if budget.quantity in (Quantity.SPARSITY, Quantity.DENSITY):
-            budget = Budget(1 - budget.sparsity, Quantity.PARAMETERS)
         sites = {name: layer.site for name, layer in self.layers.items()}
 
         def at(share: float) -> Counts:
@@ -203,7 +211,57 @@ class RankLayers:
             found = {name: spectra[name].rank(Rule.ENERGY, 1 - share) for name in sites}
             return self.worth({name: max(rank, least[name]) for name, rank in found.items()})
 
-        return meet_cost(at, sites, budget, self.cost(budget, example), 1.0)
+        goal = self._goal(budget, example)
+        counts = self._filled(spectra, meet_cost(at, sites, budget.of(UnitKind.RANK), goal.cost, 1.0), goal)
+        if near and (why := self._missed(counts, budget, goal)):
+            raise BudgetError(f"{why}; ask for another amount or exclude layers")
+        return counts
+
+    def missed(self, counts: Counts, budget: Budget, example: Callable[[], Batch]) -> str:
+        """By how much ranks are below a budget, in words; empty where it is met within 1 %."""
+        return self._missed(counts, budget, self._goal(budget, example))
+
+    def _goal(self, budget: Budget, example: Callable[[], Batch]) -> Goal:
+        budget = budget.of(UnitKind.RANK)
+        cost = self.cost(budget, example)
+        dense = cost({name: layer.full for name, layer in self.layers.items()})
+        return Goal(cost, target_of(budget, dense), TOLERANCE * dense)
+
+    def _missed(self, counts: Counts, budget: Budget, goal: Goal) -> str:
+        if goal.met(counts):
+            return ""
+        dense = goal.cost({name: layer.full for name, layer in self.layers.items()})
+        more = (counts | {name: rank} for name in counts if (rank := self._more(name, counts)))
+        return (
+            f"{budget.of(UnitKind.RANK)} cannot be met within {TOLERANCE:.0%}: whole ranks allow "
+            f"{goal.cost(counts) / dense:.4g} and {min(map(goal.cost, more)) / dense:.4g} of the dense "
+            f"{'FLOPs' if budget.quantity is Quantity.FLOPS else 'parameters'}"
+        )
+
+    def _more(self, name: str, counts: Mapping[str, int]) -> int:
+        """The next rank that is worth having above a layer's; 0 if it is whole."""
+        layer, rank = self.layers[name], counts[name]
+        if rank == layer.full:
+            return 0
+        return rank + 1 if layer.pays(rank + 1) else layer.full
+
+    def _filled(self, spectra: Mapping[str, Spectrum], counts: Counts, goal: Goal) -> Counts:
+        """Give ranks back where most of a layer's energy comes with them, while the budget allows and is not met."""
+
+        def entry(name: str) -> tuple[float, str]:
+            spectrum = spectra[name]
+            return spectrum.energy(counts[name]) - spectrum.energy(self._more(name, counts)), name
+
+        heap = [entry(name) for name in counts if self._more(name, counts)]
+        heapify(heap)
+        while heap and not goal.met(counts):
+            name = heappop(heap)[1]
+            more = counts | {name: self._more(name, counts)}
+            if goal.cost(more) <= goal.target:
+                counts = more
+                if self._more(name, counts):
+                    heappush(heap, entry(name))
+        return counts
 
     def decision(self, spectra: Mapping[str, Spectrum], counts: Mapping[str, int], keep_scores: bool) -> Decision:
         """The plan's parts for these ranks: the leading singular values stay, layers at full rank stay whole."""
@@ -251,6 +309,16 @@ def _shared(model: nn.Module) -> dict[int, str]:
         for parameter in module.parameters(recurse=False):
             places[id(parameter)].append(name)
     return {key: f"its weight is that of '{names[1]}' too" for key, names in places.items() if len(names) > 1}
+
+
+def _of_bypasses(model: nn.Module) -> dict[int, str]:
+    """For weights of by-passes and of convolutions beside them, by their `id`: why they stay as they are."""
+    beside = (model.get_submodule(one["conv"]).weight for one in bypasses_in(model))
+    inside = (
+        parameter for module in model.modules() if isinstance(module, Bypass) for parameter in module.parameters()
+    )
+    found = dict.fromkeys(map(id, beside), "a by-pass stands beside it")
+    return found | dict.fromkeys(map(id, inside), "it is a part of a by-pass")
 
 
 def _unfit(module: nn.Module, linear: bool, layout: Layout) -> str:

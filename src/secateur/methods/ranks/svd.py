@@ -21,7 +21,8 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from secateur.core import tags as t
-from secateur.core.method import Decision, Group, Method, Protocol, Settings, Task
+from secateur.core.budget import Quantity
+from secateur.core.method import Batch, Decision, Group, Method, Protocol, Settings, Task
 from secateur.core.units import Scheme, UnitKind
 from secateur.data.example import example_for
 from secateur.scores.spectrum import Rule
@@ -47,10 +48,16 @@ def plan(task: Task, settings: SvdSettings) -> Decision:
     layers = RankLayers.find(task.model, settings.scheme, task.wants, settings.linear)
     spectra = layers.spectra()
     if undecided(task.budget):
-        counts = layers.by_rule(spectra, settings.rule, settings.amount)
-    else:
-        counts = layers.within(spectra, task.budget, lambda: example_for(task.model, task.example))
-    return layers.decision(spectra, counts, task.keep_scores)
+        return layers.decision(spectra, layers.by_rule(spectra, settings.rule, settings.amount), task.keep_scores)
+
+    def example() -> Batch:
+        return example_for(task.model, task.example)
+
+    exact = task.budget.quantity in (Quantity.PARAMETERS, Quantity.FLOPS)  # a sparsity is met as whole ranks allow
+    counts = layers.within(spectra, task.budget, example, near=exact)
+    found = layers.decision(spectra, counts, task.keep_scores)
+    found.warnings += filter(None, [layers.missed(counts, task.budget, example)])
+    return found
 
 
 method = Method(

@@ -176,6 +176,11 @@ class TrainedRanks(Part):
         after = self._spectra(run)
         counts = self._counts(run, after)
         run.log.append({"step": run.step, "what": "ranks", "density": self._share(counts), "ranks": dict(counts)})
+        if not undecided(run.order.budget):
+            with evaluating(run.model):
+                missed = self.layers.missed(counts, run.order.budget, lambda: run.order.inputs(run.model))
+            if missed:
+                run.warn(missed)
         for name, found in before.items():
             whole = float(found.values.square().sum())
             lost = 1 - float(after[name].values[:, : counts[name]].square().sum()) / whole if whole else 0.0
@@ -185,11 +190,11 @@ class TrainedRanks(Part):
                     "amount, the sparsity or the weight decay, or fine-tune"
                 )
 
-    def _counts(self, run: Sparsifier, spectra: Mapping[str, Spectrum]) -> Mapping[str, int]:
+    def _counts(self, run: Sparsifier, spectra: Mapping[str, Spectrum]) -> dict[str, int]:
         budget = run.order.budget
         if not undecided(budget):
             with evaluating(run.model):
-                return self.layers.within(spectra, budget, lambda: run.order.inputs(run.model))
+                return self.layers.within(spectra, budget, lambda: run.order.inputs(run.model), near=False)
         if not self.settings.reference:
             return self.layers.by_rule(spectra, *self.settings.ending)
         found = {name: one.rank(*self.settings.ending) for name, one in spectra.items()}
