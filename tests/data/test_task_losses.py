@@ -8,7 +8,14 @@ from torch import nn
 from secateur.core.errors import DataError, ModelError, SettingsError, UnknownNameError
 from secateur.core.method import Batch
 from secateur.data.batches import as_batches, joined, loss_of, split_batch, taken
-from secateur.data.losses import cross_entropy, losses_from, mean_losses, name_of, refuse_unusable
+from secateur.data.losses import (
+    cross_entropy,
+    losses_from,
+    mean_losses,
+    name_of,
+    refuse_heads_without_loss,
+    refuse_unusable,
+)
 from secateur.shrink.verify import copied
 
 IMAGES = torch.arange(10.0).view(5, 2)
@@ -112,3 +119,30 @@ def test_numbers_and_tensors_of_one_element_are_scalars():
 def test_losses_that_nothing_can_be_relative_to_are_refused(value):
     with pytest.raises(DataError, match="'b'"):
         refuse_unusable({"a": 1.0, "b": value})
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 1), nn.Linear(2, 1)
+
+    def forward(self, x):
+        return {"a": self.a(x), "b": self.b(x)}
+
+
+def test_a_head_without_a_loss_is_refused_and_what_cannot_be_told_is_said():
+    model, batch = TwoHeads(), Batch((IMAGES,))
+    both_heads = {"a": lambda out: out["a"].square().mean(), "b": lambda out: out["b"].square().mean()}
+
+    def of(**functions):
+        return lambda out, batch: {name: function(out) for name, function in functions.items()}
+
+    assert refuse_heads_without_loss(model, batch, of(**both_heads)) == []
+    with pytest.raises(SettingsError, match="'b' of TwoHeads is of a task without a loss"):
+        refuse_heads_without_loss(model, batch, of(a=both_heads["a"]))
+    for blind in (lambda out: 1.5, lambda out: out["b"].detach().square().mean(), lambda out: torch.ones(())):
+        (said,) = refuse_heads_without_loss(model, batch, of(a=both_heads["a"], b=blind))
+        assert said.startswith("loss 'b' has no gradient, so it was not checked whether every head")
+    (said,) = refuse_heads_without_loss(model, batch, of(a=lambda out: torch.from_numpy(out["a"].numpy()).mean()))
+    assert "does not run with gradients, so it was not checked" in said
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -299,3 +299,11 @@ def test_what_does_not_go_together_is_refused():
 
     with pytest.raises(SettingsError, match="extras"):
         study(plain, steps=3)
+
+
+@pytest.mark.parametrize(
+    "twice", [{"p": (1, 2, 1)}, {"version": "trained", "rewind": (0.0, 0.0)}, {"controls": ("random", "random")}]
+)
+def test_a_ticket_is_counted_once(twice):
+    with pytest.raises(SettingsError, match="names one twice, and it would be the same ticket"):
+        study(**twice)

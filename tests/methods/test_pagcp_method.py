@@ -348,6 +348,9 @@ def test_a_pass_ends_at_the_budget():
     assert {n: m.tolist() for n, m in more.masks.items()} == {n: m.tolist() for n, m in free.masks.items()}
     (said,) = [line for line in more.warnings if "asked for" in line]
     assert f"{kept:.4g} of the flops is left" in said
+    assert "raise tolerance or total_tolerance, or retrain" in said
+    fewer = planned(Budget(kept / 2, Quantity.FLOPS), stop_at_budget=True, top=0.99).warnings
+    assert any("raise tolerance, total_tolerance or top, or retrain" in line for line in fewer)
     with pytest.raises(BudgetError, match="out of reach"):
         planned(Budget(1e-4, Quantity.FLOPS), stop_at_budget=True)
     units = planned(Budget(0.1), stop_at_budget=True)
@@ -399,6 +402,8 @@ def test_losses_that_cannot_be_compared_are_refused():
 
     with pytest.raises(BudgetError, match=r"can remove nothing.*multiplies a loss by .*'gap'"):
         planned(losses=gap, exclude=["down"])
+    blind = planned(losses=lambda out, batch: {"kind": losses(out, batch)["kind"].detach()})
+    assert any("loss 'kind' has no gradient" in line for line in blind.warnings)
 
 
 def test_the_plan_says_what_was_measured_and_the_model_is_as_it_was():
@@ -459,6 +464,7 @@ class Dying:
 
     def __init__(self, at):
         self.fit, self.steps, self.left = fitting(), fitting().steps, at
+        self.order = self.fit.order
 
     def __call__(self, model, masks, start, stop):
         self.left -= stop > start

@@ -20,6 +20,8 @@ from secateur.data.running import device_of
 TaskLosses = Callable[[Any, Batch], Mapping[str, Tensor]]
 """(the model's raw output, batch) -> name -> mean loss over the batch, a scalar."""
 
+UNCHECKED = "it was not checked whether every head of the model has a loss; what serves a head without one may go"
+
 
 def cross_entropy(output: Any, batch: Batch) -> dict[str, Tensor]:
     """One task: mean cross entropy of the labels, or of the next tokens.
@@ -99,10 +101,11 @@ def _scalar(name: str, value: Any) -> Tensor:
     return value.reshape(())
 
 
-def refuse_heads_without_loss(model: nn.Module, batch: Batch, losses: TaskLosses) -> None:
+def refuse_heads_without_loss(model: nn.Module, batch: Batch, losses: TaskLosses) -> list[str]:
     """Parameters that matter to an output and to no loss are of a task that nothing would protect.
 
-    Nothing is said where some loss cannot be differentiated: what that one reads cannot be told.
+    Returns:
+        A warning where a loss has no gradient: what that one reads cannot be told.
 
     Raises:
         SettingsError: there are such parameters; names their module.
@@ -111,14 +114,16 @@ def refuse_heads_without_loss(model: nn.Module, batch: Batch, losses: TaskLosses
     with torch.enable_grad():
         output = run(model, moved)
         try:
-            judged = [*_scalars(losses, output, moved).values()]
-        except SettingsError:
-            return  # it runs without gradients only: of numpy, for example
+            judged = _scalars(losses, output, moved)
+        except SettingsError:  # it runs without gradients only: of numpy, for example
+            return [f"{name_of(losses)} does not run with gradients, so {UNCHECKED}"]
         results = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
         given = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not all(value.requires_grad for value in judged) or not results or not given:
-            return
-        of_losses = torch.autograd.grad(judged, [*given.values()], retain_graph=True, allow_unused=True)
+        if not results or not given:
+            return []
+        if flat := next((name for name, value in judged.items() if not value.requires_grad), ""):
+            return [f"loss '{flat}' has no gradient, so {UNCHECKED}"]
+        of_losses = torch.autograd.grad([*judged.values()], [*given.values()], retain_graph=True, allow_unused=True)
         total = torch.stack([tensor.sum().float() for tensor in results]).sum()
         of_outputs = torch.autograd.grad(total, [*given.values()], allow_unused=True)
     for name, loss, result in zip(given, of_losses, of_outputs, strict=True):
@@ -128,6 +133,7 @@ def refuse_heads_without_loss(model: nn.Module, batch: Batch, losses: TaskLosses
                 f"an output that {name_of(losses)} does not look at, so whatever only that task needs would go; give "
                 "losses=module.path:function with a loss for every task"
             )
+    return []
 
 
 def refuse_unusable(losses: Mapping[str, float]) -> None:

@@ -171,7 +171,7 @@ class Pass:
         self._values: dict[tuple[str, int], dict[str, float]] = {}
         self.before = self.trying.measured({})
         refuse_unusable(self.before)
-        refuse_heads_without_loss(task.model, task.batches[0], losses)
+        self.warnings += refuse_heads_without_loss(task.model, task.batches[0], losses)
 
     @cached_property
     def factor(self) -> float:
@@ -280,7 +280,8 @@ class Pass:
                 f"top={self.settings.top:g} keeps whole {dropped} of the {len(self.candidates)} units that the "
                 "tolerances let go, and all of them together would meet it; raise top"
             )
-        return "the tolerances allow no more; raise tolerance, total_tolerance or top"
+        more = ", total_tolerance or top" if self.settings.top < 1 else " or total_tolerance"
+        return f"the tolerances allow no more; raise tolerance{more}"
 
     def _caveats(self) -> None:
         if self.factor > 1:

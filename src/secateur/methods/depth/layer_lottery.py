@@ -35,10 +35,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from enum import StrEnum
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from secateur.allocate.depth import block_site, keep_without
@@ -99,6 +99,15 @@ class LayerLotterySettings(BlockCriterionSettings, RaceSettings):
     rewind: tuple[float, ...] = Field((0.0,), description="trained: shares of the training to go back to, each tried")
     rewind_to: RewindTo = Field(RewindTo.STEP, description="trained: step (weights and rates) or lr (rates alone)")
     controls: tuple[Control, ...] = Field((), description="study: random, reinit, filters, beside each ticket")
+
+    @model_validator(mode="after")
+    def _once_each(self) -> Self:
+        for name in ("p", "rewind", "controls"):
+            given = getattr(self, name)
+            if len(set(given)) < len(given):
+                words = ",".join(map(str, given))
+                raise SettingsError(f"{name}={words} names one twice, and it would be the same ticket")
+        return self
 
     @property
     def uses_example(self) -> bool:
