@@ -18,6 +18,7 @@ from secateur.measure.flops import flops
 from secateur.scores.spectrum import Rule, Spectrum
 from secateur.shrink.additions import additions_of, attach
 from secateur.shrink.factorised import Factorised
+from secateur.shrink.rank_budget import RankBudget
 from secateur.shrink.ranks import RankLayer, RankLayers, Work
 
 FORMS = {
@@ -265,6 +266,10 @@ def layers_of_three(scheme=Scheme.CHANNEL):
     return RankLayers.find(net, scheme, lambda name: True), Batch((torch.randn(2, 3, 8, 8),))
 
 
+def chosen(layers, budget, example, **more):
+    return RankBudget.of(layers, layers.spectra(), budget, lambda: example).counts(**more)
+
+
 def worthwhile(layers):
     """Every choice of ranks that are worth having."""
     ranks = {
@@ -280,36 +285,49 @@ def worthwhile(layers):
 def test_budgets_are_met_within_one_percent_or_refused(scheme, quantity, share):
     layers, example = layers_of_three(scheme)
     budget, spectra = Budget(share, quantity), layers.spectra()
-    counts = layers.within(spectra, budget, lambda: example, near=False)
+    asked = RankBudget.of(layers, spectra, budget, lambda: example)
+    counts = asked.counts(near=False)
     cost = layers.cost(budget, lambda: example)
     dense = cost({name: layer.full for name, layer in layers.layers.items()})
     assert cost(counts) <= share * dense
     assert counts in worthwhile(layers)
-    missed = layers.missed(counts, budget, lambda: example)
+    missed = asked.missed(counts)
     if share * dense - cost(counts) <= 0.01 * dense:
         assert not missed
-        assert layers.within(spectra, budget, lambda: example) == counts
+        assert asked.counts() == counts
         return
     nearer = [one for one in worthwhile(layers) if all(one[name] >= counts[name] for name in one) and one != counts]
     above = min(map(cost, nearer))
     assert above > share * dense  # nothing could be given back
     with pytest.raises(BudgetError, match=f"allow {cost(counts) / dense:.4g} and {above / dense:.4g} of the dense"):
-        layers.within(spectra, budget, lambda: example)
+        asked.counts()
+
+
+def test_where_nothing_is_lost_nothing_is_given_back():
+    """Weights of rank 1 need no more than that, however much a budget allows."""
+    layers, example = layers_of_three()
+    with torch.no_grad():
+        for layer in layers.layers.values():
+            layer.module.weight.copy_(layer.module.weight[:2].sum(0, keepdim=True).expand_as(layer.module.weight))
+    counts = chosen(layers, Budget(0.9, Quantity.FLOPS), example)
+    assert set(counts.values()) == {1}
+    asked = RankBudget.of(layers, layers.spectra(), Budget(0.9, Quantity.FLOPS), lambda: example)
+    assert asked.missed(counts) == ""
+    assert not asked.goal.met(counts)
 
 
 def test_a_sparsity_is_a_share_of_all_parameters():
     layers, example = layers_of_three()
-    spectra = layers.spectra()
-    by_share = layers.within(spectra, Budget(0.4), lambda: example)
-    assert by_share == layers.within(spectra, Budget(0.6, Quantity.PARAMETERS), lambda: example)
-    assert by_share == layers.within(spectra, Budget(0.6, Quantity.DENSITY), lambda: example)
+    by_share = chosen(layers, Budget(0.4), example)
+    assert by_share == chosen(layers, Budget(0.6, Quantity.PARAMETERS), example)
+    assert by_share == chosen(layers, Budget(0.6, Quantity.DENSITY), example)
 
 
 def test_floors_hold():
     layers, example = layers_of_three()
-    counts = layers.within(layers.spectra(), Budget(0.5, floor=4), lambda: example)
+    counts = chosen(layers, Budget(0.5, floor=4), example)
     assert all(rank >= min(4, layers.layers[name].full) for name, rank in counts.items())
-    plain = layers.within(layers.spectra(), Budget(0.8), lambda: example)
+    plain = chosen(layers, Budget(0.8), example)
     assert min(plain.values()) < 4
 
 
@@ -325,7 +343,7 @@ def test_floors_hold():
 def test_budgets_out_of_reach_are_refused(budget, words):
     layers, example = layers_of_three()
     with pytest.raises(BudgetError, match=words):
-        layers.within(layers.spectra(), budget, lambda: example)
+        chosen(layers, budget, example)
 
 
 def test_rules_leave_layers_whole_where_two_would_be_larger():

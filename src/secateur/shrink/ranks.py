@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from secateur.allocate.structured import TOLERANCE, Counts, Goal, meet_cost, target_of
+from secateur.allocate.structured import Counts
 from secateur.core.budget import Budget, Quantity
 from secateur.core.errors import BudgetError, ModelError
 from secateur.core.method import Batch, Decision
@@ -184,84 +183,6 @@ class RankLayers:
             self.work[:] = [Work.of(self, resized(example(), 1))]
             return self.work[0].flops
         raise BudgetError(f"ranks take a budget in parameters or flops, or a sparsity of parameters, not in {budget}")
-
-    def within(
-        self, spectra: Mapping[str, Spectrum], budget: Budget, example: Callable[[], Batch], *, near: bool = True
-    ) -> Counts:
-        """Ranks that meet a budget: the largest share of energy, common to all layers, that it allows.
-
-        No layer falls below the budget's floor; one that would not get smaller or cheaper stays whole. What that leaves
-        of the budget goes to single layers, those with most to regain first, until it is met within 1 %.
-
-        Args:
-            spectra: of the layers.
-            budget: what may stay.
-            example: gives inputs; only asked for by budgets in FLOPs.
-            near: refuse what is not met within 1 %.
-
-        Raises:
-            BudgetError: out of reach, or not met; gives what is reachable.
-        """
-        least = {name: min(layer.full, max(1, budget.floor)) for name, layer in self.layers.items()}
-        sites = {name: layer.site for name, layer in self.layers.items()}
-
-        def at(share: float) -> Counts:
-            if share >= 1:
-                return self.worth(least)
-            found = {name: spectra[name].rank(Rule.ENERGY, 1 - share) for name in sites}
-            return self.worth({name: max(rank, least[name]) for name, rank in found.items()})
-
-        goal = self._goal(budget, example)
-        counts = self._filled(spectra, meet_cost(at, sites, budget.of(UnitKind.RANK), goal.cost, 1.0), goal)
-        if near and (why := self._missed(counts, budget, goal)):
-            raise BudgetError(f"{why}; ask for another amount or exclude layers")
-        return counts
-
-    def missed(self, counts: Counts, budget: Budget, example: Callable[[], Batch]) -> str:
-        """By how much ranks are below a budget, in words; empty where it is met within 1 %."""
-        return self._missed(counts, budget, self._goal(budget, example))
-
-    def _goal(self, budget: Budget, example: Callable[[], Batch]) -> Goal:
-        budget = budget.of(UnitKind.RANK)
-        cost = self.cost(budget, example)
-        dense = cost({name: layer.full for name, layer in self.layers.items()})
-        return Goal(cost, target_of(budget, dense), TOLERANCE * dense)
-
-    def _missed(self, counts: Counts, budget: Budget, goal: Goal) -> str:
-        if goal.met(counts):
-            return ""
-        dense = goal.cost({name: layer.full for name, layer in self.layers.items()})
-        more = (counts | {name: rank} for name in counts if (rank := self._more(name, counts)))
-        return (
-            f"{budget.of(UnitKind.RANK)} cannot be met within {TOLERANCE:.0%}: whole ranks allow "
-            f"{goal.cost(counts) / dense:.4g} and {min(map(goal.cost, more)) / dense:.4g} of the dense "
-            f"{'FLOPs' if budget.quantity is Quantity.FLOPS else 'parameters'}"
-        )
-
-    def _more(self, name: str, counts: Mapping[str, int]) -> int:
-        """The next rank that is worth having above a layer's; 0 if it is whole."""
-        layer, rank = self.layers[name], counts[name]
-        if rank == layer.full:
-            return 0
-        return rank + 1 if layer.pays(rank + 1) else layer.full
-
-    def _filled(self, spectra: Mapping[str, Spectrum], counts: Counts, goal: Goal) -> Counts:
-        """Give ranks back where most of a layer's energy comes with them, while the budget allows and is not met."""
-
-        def entry(name: str) -> tuple[float, str]:
-            spectrum = spectra[name]
-            return spectrum.energy(counts[name]) - spectrum.energy(self._more(name, counts)), name
-
-        heap = [entry(name) for name in counts if self._more(name, counts)]
-        heapify(heap)
-        while heap and not goal.met(counts):
-            name = heappop(heap)[1]
-            more = counts | {name: self._more(name, counts)}
-            if goal.cost(more) <= goal.target:
-                counts = more
-                if self._more(name, counts):
-                    heappush(heap, entry(name))
-        return counts
 
     def decision(self, spectra: Mapping[str, Spectrum], counts: Mapping[str, int], keep_scores: bool) -> Decision:
         """The plan's parts for these ranks: the leading singular values stay, layers at full rank stay whole."""

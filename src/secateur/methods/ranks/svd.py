@@ -22,10 +22,11 @@ from pydantic import Field, model_validator
 
 from secateur.core import tags as t
 from secateur.core.budget import Quantity
-from secateur.core.method import Batch, Decision, Group, Method, Protocol, Settings, Task
+from secateur.core.method import Decision, Group, Method, Protocol, Settings, Task
 from secateur.core.units import Scheme, UnitKind
 from secateur.data.example import example_for
 from secateur.scores.spectrum import Rule
+from secateur.shrink.rank_budget import RankBudget
 from secateur.shrink.ranks import RankLayers, undecided
 
 
@@ -50,13 +51,11 @@ def plan(task: Task, settings: SvdSettings) -> Decision:
     if undecided(task.budget):
         return layers.decision(spectra, layers.by_rule(spectra, settings.rule, settings.amount), task.keep_scores)
 
-    def example() -> Batch:
-        return example_for(task.model, task.example)
-
+    asked = RankBudget.of(layers, spectra, task.budget, lambda: example_for(task.model, task.example))
     exact = task.budget.quantity in (Quantity.PARAMETERS, Quantity.FLOPS)  # a sparsity is met as whole ranks allow
-    counts = layers.within(spectra, task.budget, example, near=exact)
+    counts = asked.counts(near=exact)
     found = layers.decision(spectra, counts, task.keep_scores)
-    found.warnings += filter(None, [layers.missed(counts, task.budget, example)])
+    found.warnings += filter(None, [asked.missed(counts)])
     return found
 
 

@@ -37,6 +37,7 @@ from secateur.core.method import Decision, Group, Method, Protocol, Settings, ma
 from secateur.core.units import Scheme, UnitKind
 from secateur.data.running import evaluating
 from secateur.scores.spectrum import Rule, Spectrum, ranks
+from secateur.shrink.rank_budget import RankBudget
 from secateur.shrink.ranks import RankLayers, undecided
 from secateur.train.part import Part
 from secateur.train.sharding import local, parted_like
@@ -176,11 +177,8 @@ class TrainedRanks(Part):
         after = self._spectra(run)
         counts = self._counts(run, after)
         run.log.append({"step": run.step, "what": "ranks", "density": self._share(counts), "ranks": dict(counts)})
-        if not undecided(run.order.budget):
-            with evaluating(run.model):
-                missed = self.layers.missed(counts, run.order.budget, lambda: run.order.inputs(run.model))
-            if missed:
-                run.warn(missed)
+        if not undecided(run.order.budget) and (missed := self._asked(run, after).missed(counts)):
+            run.warn(missed)
         for name, found in before.items():
             whole = float(found.values.square().sum())
             lost = 1 - float(after[name].values[:, : counts[name]].square().sum()) / whole if whole else 0.0
@@ -190,11 +188,13 @@ class TrainedRanks(Part):
                     "amount, the sparsity or the weight decay, or fine-tune"
                 )
 
+    def _asked(self, run: Sparsifier, spectra: Mapping[str, Spectrum]) -> RankBudget:
+        with evaluating(run.model):
+            return RankBudget.of(self.layers, spectra, run.order.budget, lambda: run.order.inputs(run.model))
+
     def _counts(self, run: Sparsifier, spectra: Mapping[str, Spectrum]) -> dict[str, int]:
-        budget = run.order.budget
-        if not undecided(budget):
-            with evaluating(run.model):
-                return self.layers.within(spectra, budget, lambda: run.order.inputs(run.model), near=False)
+        if not undecided(run.order.budget):
+            return self._asked(run, spectra).counts(near=False)
         if not self.settings.reference:
             return self.layers.by_rule(spectra, *self.settings.ending)
         found = {name: one.rank(*self.settings.ending) for name, one in spectra.items()}
