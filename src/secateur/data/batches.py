@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.core.errors import DataError
+from secateur.core.fingerprint import describe
 from secateur.core.method import Batch
 from secateur.data.dataset import Dataset
 
@@ -255,20 +256,34 @@ def label_loss(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor
         smoothing: share of the target that is spread over all classes.
 
     Raises:
-        DataError: a class index without a logit.
+        DataError: a class index without a logit, or targets of another form.
     """
-    if not target.is_floating_point():
+    whole = not target.is_floating_point() and target.dtype is not torch.bool
+    expected = logits.shape[:1] + logits.shape[2:] if logits.dim() > 1 else logits.shape[:0]
+    if target.shape != (expected if whole else logits.shape) or target.dtype is torch.bool:
+        raise DataError(
+            f"the data's targets are {describe(target)} and the model gives {list(logits.shape)}; the loss needs class "
+            f"indices {list(expected)}, or shares of all classes {list(logits.shape)} in floating point"
+        )
+    if whole:
+        target = target.long()
         refuse_foreign_labels(logits, target)
     return F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
 
 
-def refuse_foreign_labels(logits: Tensor, target: Tensor, name: str = "the data") -> None:
+def refuse_foreign_labels(logits: Tensor, target: Tensor, name: str = "the data", *, ignored: bool = True) -> None:
     """Class indices must be those of the head; on some devices nothing runs any more after one that is not.
+
+    Args:
+        logits: `[samples, classes, ...]`.
+        target: class indices, int64.
+        name: of the data.
+        ignored: whether -100 may stand for no class, as in torch's losses.
 
     Raises:
         DataError: there are others; gives both ranges.
     """
-    counted = target[target != IGNORED]
+    counted = target[target != IGNORED] if ignored else target
     classes = logits.shape[min(1, logits.dim() - 1)] if logits.dim() else 0
     lowest, highest = (int(counted.min()), int(counted.max())) if counted.numel() else (0, 0)
     if lowest < 0 or highest >= classes:

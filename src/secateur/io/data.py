@@ -39,7 +39,7 @@ def open_data(spec: str, model: OpenedModel, seed: int = 0, samples: int | None 
 
     Raises:
         UnknownNameError: no such data set or option.
-        DataError: it cannot be read, does not suffice, or has other classes than the model's head.
+        DataError: it cannot be read, or does not suffice.
         SettingsError: `generated` and a model without weights.
     """
     spec, start = split_generated(spec)

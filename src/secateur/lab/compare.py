@@ -179,6 +179,8 @@ def compare(asked: Comparison, keep: Path | None = None, progress: Progress | No
         _recovery_of(rows.recover)
     bench = Bench(asked, Ledger(keep, asked.model_dump(mode="json", exclude={"rows", "seeds"})), progress)
     cases = [(rows, name, *budget) for rows in asked.rows for name in rows.methods for budget in rows.budgets()]
+    for rows in asked.rows:
+        bench.check(rows)
     results = [bench.dense()]
     for rows, name, kind, amount in track(cases, progress, "comparison"):
         results.append(bench.row(rows, name, kind, amount))
@@ -211,6 +213,13 @@ class Bench:
         if seed not in self._splits:
             self._splits[seed] = open_data(self.data, self.opened, seed, self.asked.samples)
         return self._splits[seed]
+
+    def check(self, rows: Rows) -> None:
+        """Refuse before any work a recovery that cannot work."""
+        if recovery := _recovery_of(rows.recover):
+            for name in rows.methods:
+                data = self.splits(0).calibration
+                recovery[0].refuse(self.opened.model, data, api.find_method(name).units)
 
     def dense(self) -> Result:
         """The unpruned model."""

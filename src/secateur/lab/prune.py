@@ -20,10 +20,10 @@ from secateur.core.plan import Plan
 from secateur.core.progress import Progress, Silent
 from secateur.data.dataset import Dataset, Splits
 from secateur.io.data import open_data, split_generated
+from secateur.io.labels import refuse_other_classes
 from secateur.io.models import OpenedModel, open_model
 from secateur.lab.record import Outcome, make_record, with_file_sizes
 from secateur.measure import measure_together, probe_machine, quality
-from secateur.measure.quality import refuse_foreign_classes
 from secateur.recover import Recovery, Request
 from secateur.recover.bias import compensate
 from secateur.report import Record, write
@@ -144,7 +144,7 @@ def prepare(job: Job) -> Prepared:
     samples = default_samples(opened) if job.samples is None else job.samples
     splits = open_data(data, opened, job.seed, samples) if data else None
     for part in (splits.calibration, splits.evaluation) if splits else ():
-        refuse_foreign_classes(opened.model, part)
+        refuse_other_classes(part, opened.model)
     if recovery and splits:
         recovery[0].refuse(opened.model, splits.calibration, method.units)
     return Prepared(job, opened, method, recovery, data, samples, splits)

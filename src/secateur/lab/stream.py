@@ -14,6 +14,7 @@ from secateur.core.plan import Plan
 from secateur.core.progress import Progress, Silent
 from secateur.data.dataset import DataKind, Splits
 from secateur.io.data import open_data
+from secateur.io.labels import refuse_other_classes
 from secateur.io.models import DTYPES, OpenedModel, open_model
 from secateur.lab.prune import PAGE, RECORD, Job, Prepared, default_samples
 from secateur.lab.record import Outcome, make_record, with_file_sizes
@@ -117,6 +118,8 @@ def _prepare(job: Job) -> Prepared:
         raise DataError(f"{method.name} needs data and '{job.model}' has none of its own; give --data")
     samples = default_samples(opened) if job.samples is None else job.samples
     splits: Splits | None = open_data(job.data, opened, job.seed, samples) if job.data else None
+    for part in (splits.calibration, splits.evaluation) if splits else ():
+        refuse_other_classes(part, opened.model)
     return Prepared(job, opened, method, None, job.data, samples, splits)
 
 

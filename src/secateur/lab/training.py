@@ -17,8 +17,8 @@ from secateur.core.method import Settings, configure
 from secateur.core.seeding import generator
 from secateur.data.dataset import Dataset, Splits
 from secateur.io.data import open_data, split_generated
+from secateur.io.labels import refuse_other_classes
 from secateur.io.models import OpenedModel
-from secateur.measure.quality import refuse_foreign_classes
 from secateur.shrink.load import build
 from secateur.train.loop import Recipe
 from secateur.zoo import get
@@ -109,7 +109,7 @@ def training_data(request: TrainingRequest, opened: OpenedModel) -> Splits:
     if found.calibration.targets is None:
         return open_data(data, opened, request.seed, WINDOWS)
     for part in (found.calibration, found.evaluation):
-        refuse_foreign_classes(opened.model, part)
+        refuse_other_classes(part, opened.model)
     return found
 
 

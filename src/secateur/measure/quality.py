@@ -92,17 +92,6 @@ def quality(
     raise DataError(f"'{dataset.name}' has no labels, so accuracy cannot be measured; give labelled images")
 
 
-def refuse_foreign_classes(model: nn.Module, dataset: Dataset) -> None:
-    """Look at all labels before anything slow is begun; the model is run on one sample.
-
-    Raises:
-        DataError: labels without a class in the model's head.
-    """
-    if dataset.targets is not None:
-        with evaluating(model):
-            refuse_foreign_labels(logits(model, next(dataset.batches(1))), dataset.targets, dataset.name)
-
-
 def accuracy(model: nn.Module, dataset: Dataset, batch_size: int = 64, progress: Progress | None = None) -> Quality:
     """Fraction of the samples whose highest logit is the target's.
 
@@ -122,7 +111,7 @@ def accuracy(model: nn.Module, dataset: Dataset, batch_size: int = 64, progress:
                 f"'{dataset.name}' has one label for each sample, but the model gives {list(out.shape)}; accuracy "
                 "needs [samples, classes]"
             )
-        refuse_foreign_labels(out, target, dataset.name)
+        refuse_foreign_labels(out, target, dataset.name, ignored=False)
         right = (out.argmax(1) == target.to(out.device)).double()
         return right.masked_fill(out.isnan().any(1), torch.nan)
 
