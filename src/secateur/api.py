@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zlib import adler32
 
 import torch
 from torch import nn
@@ -29,6 +31,7 @@ from secateur.shrink.apply import stamp
 from secateur.structure.analysis import Structure
 from secateur.structure.analysis import analyse as find_structure
 from secateur.train.loop import Fit
+from secateur.train.sharding import local
 from secateur.train.snapshot import model_state
 from secateur.train.sparsifier import Order, Sparsifier
 from secateur.train.study import Findings, Ledger, Study
@@ -112,7 +115,7 @@ def plan(
         raise ModelError(f"{entry.name} is no one-shot method, it cannot make a plan by itself; {_way_to(entry)}")
     checked = entry.configure(settings)
     budget = budget_of(entry, sparsity, pattern, budget)
-    _refuse_sick(model)
+    refuse_sick(model)
     batches = calibration(entry, checked, data)
     runs = entry.structured or checked.uses_example or budget.quantity is Quantity.FLOPS
     task = Task(
@@ -182,12 +185,14 @@ def sparsify(
     Raises:
         UnknownNameError: no such method or setting; gives the nearest names.
         ModelError: the method does not act during training; a parameter is frozen or not optimised.
+        NumericsError: NaN or infinite weights; names the layer.
         SettingsError, BudgetError: a schedule does not fit the training, a budget cannot be met.
     """
     entry = find_method(method)
     if entry.parts is None:
         raise ModelError(f"{entry.name} does not act during training; {_way_to(entry)}")
     checked = entry.configure(settings)
+    refuse_sick(model)
     order = Order(
         method=entry.name,
         budget=budget_of(entry, sparsity, None, budget),
@@ -229,7 +234,8 @@ def study(
         steps: optimiser steps of one whole training; default: `fit.steps`.
         budget: instead of a sparsity.
         folder: where every round is kept; run again after a kill, it goes on and ends with the same result. It is
-            known by the settings, the network as `make` gives it, and what `fit.order` says, where it does.
+            known by the settings, by the network where `make` gives the same one each time, and by `fit.known_by`,
+            a mapping of plain data, if `fit` has one.
         seed: of initialisation and every random draw.
         metric: which figure of `fit` is compared.
         include: shell patterns over parameter names that may be pruned.
@@ -260,9 +266,7 @@ def study(
         include=tuple(include),
         exclude=tuple(exclude),
     )
-    known = {**(about or {}), **order.to_json(), "metric": metric}
-    if folder is not None:
-        known |= {"network": _digest(make, seed), **getattr(fit, "order", {})}
+    known = {} if folder is None else _known_by(order.to_json() | {"metric": metric}, make, seed, fit, about or {})
     asked = Study(
         make=make,
         fit=fit,
@@ -282,10 +286,35 @@ def study(
     return found
 
 
+def _known_by(
+    order: Mapping[str, Any], make: Callable[[], nn.Module], seed: int, fit: Fit, about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a study's folder is known by, as plain data.
+
+    Raises:
+        SettingsError: something in `about` or `fit.known_by` is not plain, or has a name that is taken.
+    """
+    found = dict(order)
+    network, again = _digest(make, seed), _digest(make, seed)
+    if network == again:
+        found["network"] = network
+    own = getattr(fit, "known_by", None)
+    for source, words in (("fit.known_by", own if isinstance(own, Mapping) else {}), ("about", about)):
+        if taken := [name for name in words if name in found]:
+            raise SettingsError(f"{source} names '{taken[0]}', by which a study is known anyway; use another name")
+        try:
+            found |= json.loads(json.dumps(dict(words), allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise SettingsError(f"{source} must be plain data, numbers, words, lists and mappings: {error}") from error
+    return {**{name: found[name] for name in about}, **found}
+
+
 def _digest(make: Callable[[], nn.Module], seed: int) -> str:
     """Of the network that every training starts from."""
     with seeded(seed):
-        return data_digest(model_state(make()).values())
+        model = make()
+    state = model_state(model)
+    return f"{type(model).__name__} {data_digest(state.values())} {adler32(f'{[*state]} {model!r}'.encode()):08x}"
 
 
 def _plan_of(asked: Study, order: Order, found: Findings) -> Plan:
@@ -331,10 +360,14 @@ def budget_of(entry: Method, sparsity: float | None, pattern: str | None, budget
     return budget
 
 
-def _refuse_sick(model: nn.Module) -> None:
-    """NaN anywhere reaches every later activation: name where it comes from, not where it was noticed."""
+def refuse_sick(model: nn.Module) -> None:
+    """NaN anywhere reaches every later activation: name where it comes from, not where it was noticed.
+
+    Raises:
+        NumericsError: names the layer.
+    """
     for name, parameter in model.named_parameters():
-        if parameter.device.type != "meta" and not all_finite(parameter.detach()):
+        if parameter.device.type != "meta" and not all_finite(local(parameter.detach())):
             raise NumericsError(f"layer '{name}' has NaN or infinite weights; repair the model before pruning it")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_a_killed_study_goes_on_and_ends_with_the_same(dies_at, tmp_path, monkey
         ({"model": "zoo:digits-resnet"}, "model='zoo:digits-mlp', this one has 'zoo:digits-resnet'"),
         ({"pretrained": True}, "pretrained=False, this one has True"),
         ({"validation": 0.2}, "validation=0.1, this one has 0.2"),
-        ({"recipe": {"steps": 6, "lr": 0.04, "batch": 32}}, "recipe="),
+        ({"recipe": {"steps": 6, "lr": 0.04, "batch": 32}}, "recipe.lr=0.05, this one has 0.04"),
     ],
 )
 def test_trainings_of_another_network_or_on_other_data_are_not_taken_for_one_s_own(other, said, tmp_path, monkeypatch):
@@ -84,20 +85,56 @@ def test_a_study_in_python_knows_its_network_and_its_data(tmp_path):
     opened = open_model("zoo:digits-mlp")
     data = open_data("zoo:digits", opened).calibration.sample(64, 0)
 
-    def run(width=8, samples=64, about=None):
+    def run(width=8, samples=64, about=None, between=nn.ReLU, folder="run", known_by=None, **more):
         def make():
-            return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+            return nn.Sequential(nn.Flatten(), nn.Linear(64, width), between(), nn.Linear(width, 10))
 
         chosen = data.take(torch.arange(samples))
-        fit = Fitting(chosen, Recipe(steps=4, batch=16), lambda model: figures(model, chosen), seed=0)
-        return sc.study(make, fit, "lottery", 0.2, folder=tmp_path / "run", about=about)
+        fit = Fitting(chosen, Recipe(steps=4, batch=16), lambda model: figures(model, chosen), **{"seed": 0, **more})
+        if known_by is not None:
+            fit = partial(Fitting.__call__, fit)
+            fit.steps, fit.known_by = 4, known_by
+        return sc.study(make, fit, "lottery", 0.2, folder=tmp_path / folder, about=about)
 
     first = run()
     assert run().rows == first.rows
-    others = {"network=": {"width": 12}, "training_data=": {"samples": 60}, "x=None": {"about": {"x": 1}}}
-    for word, other in others.items():
-        with pytest.raises(SettingsError, match=word):
-            run(**other)
+    others = {
+        "network=": [{"width": 12}, {"between": nn.Tanh}],
+        "training_data=": [{"samples": 60}],
+        "x=None": [{"about": {"x": 1}}],
+        "data_order=0": [{"seed": 7}],
+        "also_at=": [{"also_at": (2,)}],
+    }
+    for word, cases in others.items():
+        for other in cases:
+            with pytest.raises(SettingsError, match=word):
+                run(**other)
+    for about in ({"path": tmp_path}, {"w": torch.ones(2)}, {"lr": float("nan")}, {"some": {1, 2}}):
+        with pytest.raises(SettingsError, match="about must be plain data"):
+            run(folder="new", about=about)
+    with pytest.raises(SettingsError, match="about names 'seed', by which a study is known anyway"):
+        run(folder="new", about={"seed": 1})
+    assert not (tmp_path / "new").exists()
+    run(folder="new", known_by={"own": (1, 2)})
+    run(folder="new", known_by={"own": (1, 2)})
+    with pytest.raises(SettingsError, match="own="):
+        run(folder="new", known_by={"own": (1, 3)})
+    for unrelated in (7, lambda: 7):
+        assert run(folder="unrelated", known_by=unrelated).rows
+
+
+def test_a_network_that_is_another_one_each_time_is_no_reason_to_refuse(tmp_path):
+    rng = torch.Generator().manual_seed(0)
+
+    def make():
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        nn.init.normal_(model[1].weight, std=0.1, generator=rng)
+        return model
+
+    data = open_data("zoo:digits", open_model("zoo:digits-mlp")).calibration.sample(64, 0)
+    fit = Fitting(data, Recipe(steps=2, batch=16), lambda model: figures(model, data))
+    first = sc.study(make, fit, "lottery", 0.2, folder=tmp_path / "run")
+    assert sc.study(make, fit, "lottery", 0.2, folder=tmp_path / "run").rows == first.rows
 
 
 def test_a_study_that_is_refused_leaves_no_folder_behind(tmp_path):

@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
-from secateur.core.errors import BudgetError, DataError, ModelError, SettingsError, UnknownNameError
+from secateur.core.errors import BudgetError, DataError, ModelError, NumericsError, SettingsError, UnknownNameError
 from secateur.core.progress import Silent
 from secateur.data.dataset import DataKind, Dataset
 from secateur.lab.train import TrainJob, prepare, train
@@ -189,3 +191,66 @@ def test_a_recovery_that_cannot_work_is_refused_before_the_training(other, said,
     with pytest.raises((SettingsError, ModelError), match=said):
         train(job(**other), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def killed(monkeypatch, asked, out, step=13):
+    advance = Fitting.advance
+
+    def dying(self, model, optimizer, now, *more):
+        if now == step:
+            raise KeyboardInterrupt
+        return advance(self, model, optimizer, now, *more)
+
+    monkeypatch.setattr(Fitting, "advance", dying)
+    with pytest.raises(KeyboardInterrupt):
+        train(asked, out)
+    monkeypatch.undo()
+
+
+def test_a_training_is_not_gone_on_with_on_other_weights_or_data(tmp_path, monkeypatch):
+    weights = tmp_path / "own.safetensors"
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "def make():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    torch.manual_seed(0)
+    state = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)).state_dict()
+    save_file(state, weights)
+    asked = job(model="net:make", weights=str(weights), data="zoo:digits", from_scratch=False)
+    killed(monkeypatch, asked, tmp_path / "out")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    save_file({name: value * 1.1 for name, value in state.items()}, weights)
+    with pytest.raises(SettingsError, match="holds a run with network="):
+        train(asked, tmp_path / "out")
+    save_file(state, weights)
+    fewer = Dataset.take
+    monkeypatch.setattr(Dataset, "take", lambda self, chosen: fewer(self, chosen[:-1]))
+    with pytest.raises(SettingsError, match="holds a run with training_data="):
+        train(asked, tmp_path / "out")
+    monkeypatch.setattr(Dataset, "take", fewer)
+    assert train(asked, tmp_path / "out").sizes
+
+
+def test_weights_that_are_not_finite_are_named_before_the_training(tmp_path, monkeypatch):
+    (tmp_path / "sick.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def make():\n"
+        "    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))\n"
+        "    model[3].weight.data[2, 3] = torch.nan\n"
+        "    return model\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for method, settings in (("granet", {"every": 4}), ("trp", {}), ("lapp", {}), ("network_slimming", {})):
+        asked = job(model="sick:make", data="zoo:digits", from_scratch=False, method=method, settings=settings)
+        with pytest.raises(NumericsError, match=r"layer '3.weight' has NaN or infinite weights; repair the model"):
+            train(asked, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_training_that_fails_before_anything_is_kept_leaves_nothing(tmp_path):
+    with pytest.raises(NumericsError, match="lower lr"):
+        train(job(recipe={"steps": 24, "lr": 1e30, "batch": 32}), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    train(job(), tmp_path / "out")

@@ -39,7 +39,7 @@ class Dying:
     """A fit that is killed in the middle of its n-th call."""
 
     def __init__(self, at: int, fit: Fitting):
-        self.left, self.fit, self.steps, self.order = at, fit, fit.steps, fit.order
+        self.left, self.fit, self.steps, self.known_by = at, fit, fit.steps, fit.known_by
 
     def __call__(self, model, masks, start, stop):
         self.left -= 1

@@ -344,7 +344,7 @@ class Dying:
 
     def __init__(self, at):
         self.left, self.fit, self.steps, self.data = at, fitting(), STEPS, DATA
-        self.order = self.fit.order
+        self.known_by = self.fit.known_by
 
     def __call__(self, model, masks, start, stop):
         self.left -= stop > start

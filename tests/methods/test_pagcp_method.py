@@ -464,7 +464,7 @@ class Dying:
 
     def __init__(self, at):
         self.fit, self.steps, self.left = fitting(), fitting().steps, at
-        self.order = self.fit.order
+        self.known_by = self.fit.known_by
 
     def __call__(self, model, masks, start, stop):
         self.left -= stop > start

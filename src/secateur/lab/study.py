@@ -54,6 +54,8 @@ def study(job: StudyJob, out: str | Path, progress: Progress | None = None) -> F
     opened = open_model(job.model, job.weights, device=job.device, trust_factory=job.trust_factory)
     for parameter in opened.model.parameters():
         parameter.requires_grad_(True)
+    if job.pretrained:
+        api.refuse_sick(opened.model)
     splits = training_data(job, opened)
     validation, rest = split(splits.calibration, job.validation, job.seed)
     kept = out.with_name(out.name + ".study")

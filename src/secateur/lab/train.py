@@ -15,7 +15,9 @@ from pydantic import Field
 from torch import nn
 
 from secateur import api, recover
+from secateur.core.errors import SecateurError
 from secateur.core.files import check_free, sweep, write_json
+from secateur.core.fingerprint import data_digest
 from secateur.core.method import Method
 from secateur.core.plan import Plan
 from secateur.core.progress import Progress, Silent, track
@@ -201,7 +203,12 @@ def train(job: TrainJob, out: str | Path, progress: Progress | None = None) -> R
     check_free(out, job.force)
     sweep(out.absolute().parent)
     session, dense = prepare(job, out.with_name(out.name + ".training"), progress)
-    session.run(progress)
+    try:
+        session.run(progress)
+    except SecateurError:
+        if not (session.folder / "state").exists():  # nothing to go on from, so nothing that another try must match
+            shutil.rmtree(session.folder)
+        raise
     plan = session.finish()
     if job.recover:
         session.recovered = recover_after(session, plan, dense, progress)
@@ -254,9 +261,10 @@ def prepare(job: TrainJob, folder: Path, progress: Progress) -> tuple[Session, n
     validation, rest = split(splits.calibration, job.validation, job.seed)
     for parameter in opened.model.parameters():
         parameter.requires_grad_(True)
-    ledger = Ledger(folder, job.model_dump(mode="json", exclude={"force", "verify", "tensorboard"}))
-    state = load_tree(folder / "state") if (folder / "state").exists() else None
     fit = Fitting(rest, recipe, seed=job.seed, progress=progress)
+    order = job.model_dump(mode="json", exclude={"force", "verify", "tensorboard"})
+    ledger = Ledger(folder, order | fit.known_by | {"network": data_digest(model_state(dense).values())})
+    state = load_tree(folder / "state") if (folder / "state").exists() else None
     optimizer = recipe.make_optimizer(opened.model)
     if state is not None:
         put_back(opened.model, state["model"])

@@ -54,10 +54,10 @@ class Distilling(Fitting):
         self.teacher, self.temperature, self.alpha = teacher, temperature, alpha
 
     @property
-    def order(self) -> dict[str, Any]:
+    def known_by(self) -> dict[str, Any]:
         """What a training depends on, as plain data."""
         own = {"temperature": self.temperature, "alpha": self.alpha}
-        return {**super().order, **own, "teacher": data_digest(model_state(self.teacher).values())}
+        return {**super().known_by, **own, "teacher": data_digest(model_state(self.teacher).values())}
 
     def reordered(self, seed: int) -> Distilling:
         """The same with another order of the data."""

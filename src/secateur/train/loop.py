@@ -172,9 +172,10 @@ class Fitting:
         return self.recipe.steps
 
     @property
-    def order(self) -> dict[str, Any]:
-        """What a training depends on, as plain data, augmentation aside."""
-        return {"recipe": self.recipe.model_dump(mode="json"), "training_data": self.data.digest}
+    def known_by(self) -> dict[str, Any]:
+        """What a training depends on, as plain data, augmentation and evaluation aside; see `secateur.study`."""
+        own = {"data_order": self.seed, "also_at": list(self.also_at)}
+        return {"recipe": self.recipe.model_dump(mode="json"), "training_data": self.data.digest, **own}
 
     def reordered(self, seed: int) -> Fitting:
         """The same training with another order of the data."""

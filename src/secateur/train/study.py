@@ -45,12 +45,10 @@ class Ledger:
         if folder is None or not (folder / ORDER).exists():
             return
         saved = load_tree(folder / ORDER)
-        for key in {**order, **saved}:
-            if saved.get(key) != order.get(key):
-                raise SettingsError(
-                    f"'{folder}' holds a run with {key}={saved.get(key)!r}, this one has {order.get(key)!r}; "
-                    "choose another folder or the same settings, or remove it"
-                )
+        if found := _first_difference(saved, self.order):
+            raise SettingsError(
+                f"'{folder}' holds a run with {found}; choose another folder or the same settings, or remove it"
+            )
 
     def begin(self) -> None:
         """Write down what the results depend on; whoever comes with another order is refused from now on."""
@@ -70,6 +68,16 @@ class Ledger:
             self.begin()
             save_tree(made, place)
         return load_tree(place)
+
+
+def _first_difference(saved: Mapping[str, Any], asked: Mapping[str, Any], before: str = "") -> str:
+    for key in {**asked, **saved}:
+        one, other = saved.get(key), asked.get(key)
+        if one != other and isinstance(one, Mapping) and isinstance(other, Mapping):
+            return _first_difference(one, other, f"{before}{key}.")
+        if one != other:
+            return f"{before}{key}={one!r}, this one has {other!r}"
+    return ""
 
 
 @dataclass
