@@ -9,6 +9,7 @@ import secateur as sc
 from secateur import zoo
 from secateur.core.budget import Budget, Quantity
 from secateur.core.errors import BudgetError, ModelError, NumericsError, PlanError, SettingsError
+from secateur.core.method import Batch
 from secateur.core.plan import Plan
 from secateur.core.units import UnitKind
 from secateur.data.batches import logits_of
@@ -104,6 +105,30 @@ def test_budgets_are_met_on_the_measured_model(scheme, quantity):
     found = parameters(model) if quantity is Quantity.PARAMETERS else flops(model, example)
     step = max(site.cost for site in plan.sites.values()) * (128 if quantity is Quantity.FLOPS else 1)
     assert 0.5 * whole - step < found <= 0.5 * whole  # at 8 x 8 pixels, two samples: weights are used 128 times
+
+
+class Curious(nn.Module):
+    """Looks at a layer's weight beside calling it, as transformers' patch embedding does for its dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(20, 30), nn.Linear(30, 20)
+
+    def forward(self, x):
+        return self.b(self.a(x.to(self.a.weight.dtype)).relu())
+
+
+def test_a_weight_that_others_look_at_costs_its_product():
+    torch.manual_seed(0)
+    model, example = Curious(), torch.randn(3, 20)
+    classes, dense = [type(module) for module in model.modules()], flops(model, Batch((example[:1],)))
+    plan = sc.plan(model, "svd", budget=Budget(0.88, Quantity.FLOPS), example=example)
+    assert [type(module) for module in model.modules()] == classes
+    sc.apply_(model, plan)
+    assert isinstance(model.a, Factorised) or isinstance(model.b, Factorised)
+    found = flops(model, Batch((example[:1],))) / dense
+    assert next(iter(plan.facts.values()))["flops_kept"] == pytest.approx(found, abs=1e-6)
+    assert 0.87 <= found <= 0.88
 
 
 def test_a_budget_in_flops_without_known_inputs_asks_for_an_example():

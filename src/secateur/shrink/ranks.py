@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -275,11 +276,13 @@ class Work:
         whole: of the dense model on the example.
         layers: the layers and their costs.
         places: layer -> multiplications of every weight: at the outputs, at the first factor's, at the second's.
+        reads: layer -> how often other code looks at its weight, for which two factors have to be multiplied out.
     """
 
     whole: int
     layers: RankLayers
     places: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    reads: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, layers: RankLayers, example: Batch) -> Work:
@@ -298,7 +301,7 @@ class Work:
             one.module.register_forward_hook(watch(name, one), with_kwargs=True) for name, one in layers.layers.items()
         ]
         try:
-            with evaluating(layers.model):
+            with evaluating(layers.model), _counting_reads(layers.layers, found.reads):
                 run(layers.model, example)
         finally:
             for handle in handles:
@@ -314,7 +317,37 @@ class Work:
         if rank == layer.full or name not in self.places:
             return 0
         dense, first, second = self.places[name]
-        return dense * layer.weight.numel() - rank * (first * layer.sides[0] + second * layer.sides[1])
+        used = rank * (first * layer.sides[0] + second * layer.sides[1])
+        return dense * layer.weight.numel() - used - self.reads.get(name, 0) * rank * layer.weight.numel()
+
+
+@contextlib.contextmanager
+def _counting_reads(layers: Mapping[str, RankLayer], reads: dict[str, int]) -> Iterator[None]:
+    """Inside the block, count who looks at a layer's weight without calling the layer, as for its dtype."""
+    inside, classes = set[nn.Module](), {name: layer.module.__class__ for name, layer in layers.items()}
+
+    def counted(name: str, own: type[nn.Module]) -> type[nn.Module]:
+        def read(module: nn.Module, attribute: str) -> Any:
+            if attribute == "weight" and module not in inside:
+                reads[name] = reads.get(name, 0) + 1
+            return own.__getattr__(module, attribute)
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            inside.add(module)
+            try:
+                return own.__call__(module, *args, **kwargs)
+            finally:
+                inside.discard(module)
+
+        return type(own.__name__, (own,), {"__getattr__": read, "__call__": call})
+
+    try:
+        for name, layer in layers.items():
+            layer.module.__class__ = counted(name, classes[name])
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.module.__class__ = classes[name]
 
 
 def _places(layer: RankLayer, x: Tensor, output: Tensor) -> tuple[int, int, int]:
