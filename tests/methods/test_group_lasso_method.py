@@ -231,3 +231,22 @@ def test_neurons_of_plain_layers_are_groups_too():
     assert plan.scores["1:neuron"][0] == pytest.approx(
         float(torch.cat([model[1].weight[0], model[1].bias[:1], model[3].weight[:, 0]]).square().mean().sqrt()), 1e-5
     )
+
+
+def test_after_a_training_the_nearest_widths_are_better_than_none():
+    """A plan is refused where no widths come within 1 %; a trained network is cut below and says so."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    budget, given = sc.Budget(0.5, "parameters"), {"example": torch.randn(2, 4), "multiple": 1}
+    with pytest.raises(BudgetError, match="cannot be met within 1%"):
+        sc.plan(model, "channel_norm", budget=budget, largest_cut=1.0, **given)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    run = sc.sparsify(model, optimizer, "group_lasso", budget=budget, steps=3, **given)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(torch.randn(8, 4)).square().mean() + run.penalty()).backward()
+        optimizer.step()
+    plan = run.finish()
+    kept = next(iter(plan.facts.values()))["parameters_kept"]
+    assert kept < 0.49
+    assert any(f"more goes than parameters 0.5 asks, {kept:.4g} of the dense" in line for line in plan.warnings)

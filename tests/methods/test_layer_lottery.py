@@ -611,3 +611,22 @@ def test_random_blocks_differ_between_seeds_only():
     draws = [tuple(gone(planned(model, p=3, criterion="random", seed=seed))) for seed in (0, 0, 1, 2, 3)]
     assert draws[0] == draws[1]
     assert len(set(draws)) > 2
+
+
+def test_what_whole_blocks_cannot_meet_is_said():
+    given = {"data": DATA, "strict": False}
+    model = made(blocks=4)
+    free = sc.plan(model, "layer_lottery", sparsity=0, p=(1,), **given)
+    one = next(iter(free.facts.values()))["flops_kept"]
+    assert not [line for line in free.warnings if "asks" in line]
+    near = sc.plan(model, "layer_lottery", budget=sc.Budget(one + 1e-4, "flops"), **given)
+    assert not [line for line in near.warnings if "asks" in line]
+    far = sc.plan(model, "layer_lottery", budget=sc.Budget((1 + one) / 2, "flops"), **given)
+    kept = next(iter(far.facts.values()))["flops_kept"]
+    assert any(
+        f"more goes than flops {(1 + one) / 2:g} asks, {kept:.4g} of the dense flops is left" in line
+        for line in far.warnings
+    )
+    strict = sc.plan(model, "layer_lottery", sparsity=0.5, data=DATA)
+    blocks = sum(len(mask) for mask in strict.masks.values())
+    assert any(line.endswith(f"of {blocks} blocks that may go") for line in strict.warnings)

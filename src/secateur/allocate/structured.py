@@ -85,7 +85,8 @@ class Widths:
     def floor(self, site: Site) -> int:
         """The smallest count, widths that machines like aside."""
         least = max(min(self.minimum, site.units), ceil(self.smallest_share * site.units - 1e-9))
-        return min(max(1, least, self.least.get(site.name, 1)), site.units)
+        hard = self.hard.get(site.name, 1)
+        return min(-(-max(1, least, self.least.get(site.name, 1)) // hard) * hard, site.units)
 
     def lowest(self, site: Site) -> int:
         """The smallest count that is allowed."""
@@ -98,7 +99,7 @@ class Widths:
         words = [f"{self.minimum} units (--minimum)" if self.minimum > 1 else "1 unit"]
         if self.smallest_share:
             words.append(f"{self.smallest_share:.4g} of its units (largest_cut={1 - self.smallest_share:g})")
-        return " and ".join([*words, *(["what its code asks for"] if self.least else [])])
+        return " and ".join([*words, *(["what its code asks for"] if self.least or self.hard else [])])
 
     @property
     def wider(self) -> str:
@@ -177,22 +178,22 @@ class Ranking:
                 found[name] = max(1, left) if exact else self.widths.rounded(self.sites[name], left)
         return self._made_uniform(found) if self.widths.uniform else {name: found[name] for name in self.sites}
 
-    def short(self, share: float) -> list[str]:
-        """The sites of the pools that cannot lose `share` of their units, because of the sites' floors.
+    def short(self, budget: Budget) -> list[str]:
+        """The sites of the pools that cannot lose a sparsity's share of their units, because of the sites' floors.
 
         Raises:
             BudgetError: not even all of them together can lose that many.
         """
         asked, possible, held = 0, 0, list[str]()
         for names, order in zip(self.pools, self.orders, strict=True):
-            wanted = floor(share * len(order) + 1e-9)
+            wanted = floor(budget.sparsity * len(order) + 1e-9)
             left = len(order) - sum(self.widths.floor(self.sites[name]) for name in names)
             held += names if left < wanted else []
             asked, possible = asked + wanted, possible + left
         if possible < asked:
             units = sum(len(order) for order in self.orders)
             raise BudgetError(
-                f"sparsity {share:g} is out of reach: of {units} units that may be cut, at most {possible} "
+                f"{budget} is out of reach: of {units} units that may be cut, at most {possible} "
                 f"({possible / units:.4g}) can go, because every site keeps {self.widths.floors}"
             )
         return held

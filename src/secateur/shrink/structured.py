@@ -335,8 +335,13 @@ class Work:
             fixed=fixed,
         )
 
-    def decided(self, criterion: Criterion) -> Decision:
-        """Score and choose, on the weights as they are now; see `decide`."""
+    def decided(self, criterion: Criterion, *, near: bool = True) -> Decision:
+        """Score and choose, on the weights as they are now; see `decide`.
+
+        Args:
+            criterion: one score per unit of every site.
+            near: whether a cost that is not met within 1 % is refused; a warning otherwise.
+        """
         if self.task.residency is not None and (
             self.settings.steps > 1 or self.budget.quantity is Quantity.MILLISECONDS
         ):
@@ -350,12 +355,21 @@ class Work:
             if step == 1:
                 held = self._reaches(scores)
             part, timed = step / self.settings.steps, self.budget.quantity is Quantity.MILLISECONDS
-            masks = self.choose(scores, self.partial(part), masks, near=part == 1 and not timed)
+            chosen = self.choose(scores, self.partial(part), masks, near=near and part == 1 and not timed)
+            if part == 1 or not self._beyond(chosen):
+                masks = chosen
         if self.budget.quantity is Quantity.MILLISECONDS:
             masks = self.as_measured(scores, masks)
         decision = self.conclude(masks, scores)
         decision.warnings += held
         return decision
+
+    def _beyond(self, masks: Mapping[str, Tensor]) -> bool:
+        """Whether wide steps of widths have gone past the whole way, so that a later step would bring units back."""
+        if self.cost is None:
+            return False
+        dense = self.cost({name: site.units for name, site in self.sites.items()})
+        return self.cost({name: int(mask.sum()) for name, mask in masks.items()}) < target_of(self.budget, dense)
 
     def whole(self) -> dict[str, Tensor]:
         """Masks that keep everything."""
@@ -385,25 +399,25 @@ class Work:
         if self.cost is not None:
             reachable(Ranking(self.sites, equal, widths), self.budget, self.cost)
             return []
-        held = list[str]()
-        for kind, own in self._sharing():
+        held = dict[str, Budget]()
+        for asked, own in self._sharing():
             ranking = Ranking(own, equal, replace(widths, fixed=_of(widths.fixed, own)))
-            held += ranking.short(self.task.budget.of(kind).sparsity)
-        if not held:
-            return []
+            held |= dict.fromkeys(ranking.short(asked), asked)
         return [
-            f"{len(held)} of {len(self.sites)} sites cannot lose what {self.task.budget} asks, '{held[0]}' first: "
-            f"every site keeps {widths.floors}"
+            f"{len(held)} of {len(self.sites)} sites cannot lose what {asked} asks, '{name}' first: every site keeps "
+            f"{widths.floors}"
+            for name, asked in [*held.items()][:1]
         ]
 
-    def _sharing(self) -> Iterator[tuple[UnitKind, dict[str, Site]]]:
+    def _sharing(self) -> Iterator[tuple[Budget, dict[str, Site]]]:
         """The sites with one amount of a sparsity: all of them, or kind by kind where the budget names kinds."""
         kinds = dict.fromkeys(site.kind for site in self.sites.values())
         if not self.task.budget.per_kind:
-            yield next(iter(kinds)), dict(self.sites)
+            yield self.budget, dict(self.sites)
             return
         for kind in kinds:
-            yield kind, {name: site for name, site in self.sites.items() if site.kind is kind}
+            own = {name: site for name, site in self.sites.items() if site.kind is kind}
+            yield self.task.budget.of(kind), own
 
     def choose(
         self, scores: Mapping[str, Tensor], budget: Budget, masks: Mapping[str, Tensor], *, near: bool = True
@@ -420,8 +434,8 @@ class Work:
             return choose_units(self.sites, ranked, budget, widths, self.cost, near=near)
         share = budget.sparsity / self.budget.sparsity if self.budget.sparsity else 1.0  # of the whole way, in steps
         found: dict[str, Tensor] = {}
-        for kind, own in self._sharing():
-            wanted = Budget(self.task.budget.of(kind).sparsity * share, floor=budget.floor)
+        for asked, own in self._sharing():
+            wanted = Budget(asked.sparsity * share, floor=budget.floor)
             found |= choose_units(own, ranked, wanted, replace(widths, fixed=_of(widths.fixed, own)))
         return {name: found[name] for name in self.sites}
 
@@ -472,7 +486,7 @@ class Work:
         return decision
 
     def _missed(self, counts: Counts) -> list[str]:
-        """A word where an allocation of its own went further below a budget than whole widths explain."""
+        """A word where more goes than a budget asks."""
         if self.budget.quantity is Quantity.MILLISECONDS or self.cost is None:
             return []
         dense = self.cost({name: site.units for name, site in self.sites.items()})
@@ -481,7 +495,7 @@ class Work:
             return []
         return [
             f"more goes than {self.budget} asks, {reached:.4g} of the dense {self.budget.quantity} is left: the widths "
-            "that this method's allocation can choose lie further apart"
+            "that can be chosen lie further apart"
         ]
 
     def scores(self, criterion: Criterion, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:

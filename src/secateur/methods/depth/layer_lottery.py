@@ -42,7 +42,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from secateur.allocate.depth import block_site, keep_without
-from secateur.allocate.structured import Widths, target_of
+from secateur.allocate.structured import TOLERANCE, Widths, target_of
 from secateur.core import tags as t
 from secateur.core.budget import Budget, Quantity
 from secateur.core.errors import BudgetError, ModelError, NumericsError, SettingsError
@@ -132,8 +132,9 @@ def plan(task: Task, settings: LayerLotterySettings) -> Decision:
         (count,) = amounts(task.budget, settings, lists)
         scores = block_scores(task, settings, lists)
     found = without_lowest(lists, scores, count, task.budget.floor)
-    found.facts[lists[0].stack.name] |= kept_shares(task, found.masks)
-    found.warnings += cautions(task, settings, lists)
+    kept = kept_shares(task, found.masks)
+    found.facts[lists[0].stack.name] |= kept
+    found.warnings += [*cautions(task, settings, lists), *beyond(task, settings, lists, kept)]
     return found if task.keep_scores else _without_scores(found)
 
 
@@ -164,6 +165,24 @@ def cautions(task: Task, settings: LayerLotterySettings, lists: list[Removable])
     if settings.criterion is Criterion.L1:
         found.append("l1 tells stages apart and not blocks: all that goes comes from the narrow early stages")
     return found
+
+
+def beyond(task: Task, settings: LayerLotterySettings, lists: list[Removable], kept: Mapping[str, float]) -> list[str]:
+    """Where what was asked for is not what a reader of the plan may expect."""
+    if settings.p:
+        return []
+    quantity, free = task.budget.quantity, sum(len(one.free) for one in lists)
+    blocks = sum(len(one.stack.blocks) for one in lists)
+    if quantity not in MEASURED:
+        return [f"{task.budget} is a share of the {free} of {blocks} blocks that may go"] if free < blocks else []
+    assert task.example is not None  # `uses_example`
+    dense = MEASURED[quantity](task.model, resized(task.example, 1))
+    if target_of(task.budget, dense) / dense - kept[f"{quantity}_kept"] <= TOLERANCE:
+        return []
+    return [
+        f"more goes than {task.budget} asks, {kept[f'{quantity}_kept']:.4g} of the dense {quantity} is left: whole "
+        "blocks lie further apart"
+    ]
 
 
 def amounts(budget: Budget, settings: LayerLotterySettings, lists: list[Removable]) -> tuple[int, ...]:
