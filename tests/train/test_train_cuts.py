@@ -159,6 +159,11 @@ def test_counts_fall_in_every_group_and_end_exactly(sizes, rate, sparsity, round
     assert sum(counts[-1].values()) == min(keep, sum(sizes))
 
 
+def test_more_rounds_than_weights_are_refused():
+    with pytest.raises(SettingsError, match="2 rounds are too many to remove 1 weights; take fewer"):
+        round_counts({"a": 61}, {"a": 0.5}, 60, rounds=2)
+
+
 # --- the released codes -----------------------------------------------------------------------------
 
 
