@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -510,3 +511,12 @@ def test_the_whole_job_in_a_real_process(place):
     assert [row["label"] for row in record["latency"]["rows"]] == ["batch 1", "batch 16"]
     assert record["machine"]["sentences"]
     assert all(line.endswith(" s") or line.startswith("warning:") for line in done.err.splitlines())
+
+
+def test_a_sparsity_of_ranks_is_shown_in_parameters(place):
+    good("prune", "zoo:digits-mlp", "--method", "svd", "--sparsity", "0.5", "--out", "ranks")
+    found = re.search(
+        r"asked sparsity 0.5, reached (0\.\d+) of the dense parameters, .*% of the ranks removed",
+        good("show", "ranks").out,
+    )
+    assert 0.48 < float(found[1]) <= 0.5

@@ -11,11 +11,13 @@ from secateur import api, zoo
 from secateur.cli import show, structure
 from secateur.cli.progress import Bars
 from secateur.core import catalogue
+from secateur.core.budget import Quantity
 from secateur.core.errors import DataError, OutputError, PlanError, SettingsError, UnknownNameError
 from secateur.core.files import write_json
 from secateur.core.method import Batch
 from secateur.core.plan import DOCUMENT, Plan
 from secateur.core.tags import axes
+from secateur.core.units import UnitKind
 from secateur.data.probe import probe_for
 from secateur.data.running import resized
 from secateur.io.data import open_data
@@ -180,6 +182,8 @@ def _print_plan(plan: Plan, json: bool) -> None:
 
 def _reached(plan: Plan, quantity: str) -> str:
     """In what the budget counts, where the plan knows it, and in units."""
+    if plan.kinds == (UnitKind.RANK,) and quantity in (Quantity.SPARSITY, Quantity.DENSITY):
+        quantity = Quantity.PARAMETERS  # a share of these is what a sparsity of ranks means
     shares = [facts[f"{quantity}_kept"] for facts in plan.facts.values() if f"{quantity}_kept" in facts]
     units = f"{plan.kinds[0].replace('_', ' ')}s" if len(plan.kinds) == 1 else "units"
     said = f"{plan.sparsity:.4%} of the {units} removed"
