@@ -22,6 +22,7 @@ SLOW = {
     "channel_norm",
     "comp",
     "eep",
+    "flap",
     "fpgm",
     "gblm",
     "global_magnitude",
@@ -36,9 +37,11 @@ SLOW = {
     "rd",
     "slicegpt",
     "snip",
+    "sparsegpt",
     "svd",
     "synflow",
     "tyr",
+    "wanda",
 } | TRAINED  # `make slow` has all; these train networks
 FIELDS = {"quantity", "baseline", "random_control", "value", "interval", "threshold", "seeds", "passed"}
 

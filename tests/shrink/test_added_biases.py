@@ -134,7 +134,7 @@ def saved(model, plan, home):
     save_file(IDS | {"expected": outputs(model, IDS)}, home / "inputs.safetensors")
 
 
-@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize("cut", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_saved_biases_come_back_in_a_fresh_process_and_in_ours(tmp_path, monkeypatch, cut):
     monkeypatch.chdir(tmp_path)
     model = llama()
