@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from zlib import adler32
 
 import torch
 from torch import nn
@@ -15,7 +14,7 @@ from secateur.core import catalogue
 from secateur.core.budget import Budget, Pattern, Quantity
 from secateur.core.distributed import agreed
 from secateur.core.errors import BudgetError, DataError, ModelError, NumericsError, SettingsError
-from secateur.core.fingerprint import data_digest
+from secateur.core.fingerprint import data_digest, model_digest
 from secateur.core.method import Batch, Decision, Group, Method, Protocol, Settings, Task
 from secateur.core.plan import Plan, Provenance, versions
 from secateur.core.progress import Progress, Silent
@@ -32,7 +31,6 @@ from secateur.structure.analysis import Structure
 from secateur.structure.analysis import analyse as find_structure
 from secateur.train.loop import Fit
 from secateur.train.sharding import local
-from secateur.train.snapshot import model_state
 from secateur.train.sparsifier import Order, Sparsifier
 from secateur.train.study import Findings, Ledger, Study
 
@@ -312,9 +310,7 @@ def _known_by(
 def _digest(make: Callable[[], nn.Module], seed: int) -> str:
     """Of the network that every training starts from."""
     with seeded(seed):
-        model = make()
-    state = model_state(model)
-    return f"{type(model).__name__} {data_digest(state.values())} {adler32(f'{[*state]} {model!r}'.encode()):08x}"
+        return model_digest(make())
 
 
 def _plan_of(asked: Study, order: Order, found: Findings) -> Plan:

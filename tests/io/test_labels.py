@@ -10,13 +10,21 @@ from torch.nn import functional as F
 from secateur.core.errors import DataError
 from secateur.core.method import Batch
 from secateur.data.batches import label_loss, loss_of
-from secateur.data.dataset import DataKind, Dataset
-from secateur.io.labels import as_the_head_has_them, refuse_other_classes
+from secateur.data.dataset import DataKind, Dataset, Splits
+from secateur.io import labels as io_labels
+from secateur.io.labels import as_the_head_has_them
 from secateur.measure.quality import accuracy
 
 
 def images(classes=(), labels=(0, 1, 0)):
     return Dataset("photos", DataKind.IMAGE, torch.rand(len(labels), 1, 2, 2), torch.tensor(labels), classes)
+
+
+def refuse_other_classes(data, model):
+    """Wherever the labels are: in what is trained on or in what is measured on."""
+    fine = images()
+    for splits in (Splits(data, fine), Splits(fine, data)):
+        io_labels.refuse_other_classes(splits, model)
 
 
 def without_weights(model, classes):

@@ -29,6 +29,18 @@ def job(**more):
     return TrainJob(**{**asked, **more})
 
 
+def die(monkeypatch, step):
+    """Trainings are killed before this step."""
+    advance = Fitting.advance
+
+    def dying(self, model, optimizer, now, *more):
+        if now == step:
+            raise KeyboardInterrupt
+        return advance(self, model, optimizer, now, *more)
+
+    monkeypatch.setattr(Fitting, "advance", dying)
+
+
 def run(asked, folder):
     session, _ = prepare(asked, folder, Silent())
     session.run(Silent())
@@ -38,14 +50,7 @@ def run(asked, folder):
 @pytest.mark.parametrize("dies_at", [3, 7, 19])
 def test_a_killed_training_goes_on_and_ends_with_the_same(dies_at, tmp_path, monkeypatch):
     straight, plan = run(job(), tmp_path / "straight")
-    advance = Fitting.advance
-
-    def dying(self, model, optimizer, step, *more):
-        if step == dies_at:
-            raise KeyboardInterrupt
-        return advance(self, model, optimizer, step, *more)
-
-    monkeypatch.setattr(Fitting, "advance", dying)
+    die(monkeypatch, dies_at)
     session, _ = prepare(job(), tmp_path / "killed", Silent())
     with pytest.raises(KeyboardInterrupt):
         session.run(Silent())
@@ -194,14 +199,7 @@ def test_a_recovery_that_cannot_work_is_refused_before_the_training(other, said,
 
 
 def killed(monkeypatch, asked, out, step=13):
-    advance = Fitting.advance
-
-    def dying(self, model, optimizer, now, *more):
-        if now == step:
-            raise KeyboardInterrupt
-        return advance(self, model, optimizer, now, *more)
-
-    monkeypatch.setattr(Fitting, "advance", dying)
+    die(monkeypatch, step)
     with pytest.raises(KeyboardInterrupt):
         train(asked, out)
     monkeypatch.undo()

@@ -248,6 +248,13 @@ def target_of(budget: Budget, dense: float) -> float:
     return budget.amount * dense if budget.amount <= 1 else budget.amount
 
 
+def overshot(budget: Budget, reached: float, dense: float, why: str) -> list[str]:
+    """A word where more goes than a budget asks, by more than `TOLERANCE`; `reached` and `dense` are costs."""
+    if target_of(budget, dense) - reached <= TOLERANCE * dense:
+        return []
+    return [f"more goes than {budget} asks, {reached / dense:.4g} of the dense {budget.quantity} is left: {why}"]
+
+
 def reachable(ranking: Ranking, budget: Budget, cost: Cost, *, refuse: bool = True) -> tuple[float, float]:
     """The dense cost and the one that may stay, whatever the scores are.
 

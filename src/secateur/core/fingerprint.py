@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -25,6 +26,15 @@ def describe(tensor: Tensor) -> str:
 def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Name -> `dtype[shape] digest` for every tensor, sorted by name."""
     return {name: f"{describe(tensors[name])} {tensor_digest(tensors[name])}" for name in sorted(tensors)}
+
+
+def model_digest(model: nn.Module) -> str:
+    """One hash over a model's tensors, their names and what its modules are; its class before it."""
+    stored = model.state_dict()
+    words = re.sub(r" at 0x[0-9a-f]+", "", repr(model))  # addresses of functions change from process to process
+    total = hashlib.blake2b(f"{words} {sorted(stored)}".encode(), digest_size=8)
+    total.update(data_digest(stored[name] for name in sorted(stored)).encode())
+    return f"{type(model).__name__} {total.hexdigest()}"
 
 
 def data_digest(tensors: Iterable[Tensor]) -> str:

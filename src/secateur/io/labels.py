@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from secateur.core.errors import DataError
 from secateur.data.batches import refuse_foreign_labels
-from secateur.data.dataset import Dataset
+from secateur.data.dataset import Dataset, Splits
 from secateur.data.running import device_of, evaluating, logits
 
 UNNAMED = re.compile(r"label[_ ]?\d+", re.IGNORECASE)  # what transformers writes where nobody gave names
@@ -35,16 +35,20 @@ def as_the_head_has_them(data: Dataset, model: nn.Module) -> Dataset:
     return replace(data, targets=torch.tensor(places)[data.targets], classes=tuple(heads[i] for i in sorted(heads)))
 
 
-def refuse_other_classes(data: Dataset, model: nn.Module) -> None:
-    """Look at all labels before anything slow is begun; the model is run on one sample, if it is in memory.
+def refuse_other_classes(splits: Splits, model: nn.Module) -> None:
+    """Look at all labels before anything slow is begun; the model is run on one sample of each, if it is in memory.
 
     As many classes as the head has may have other names, unless one of its names stands at another's place.
 
     Raises:
         DataError: a class that the head does not have, by its name or by its number.
     """
-    if data.targets is None:
-        return
+    for part in (splits.calibration, splits.evaluation):
+        if part.targets is not None:
+            _refuse_other_classes(part, part.targets, model)
+
+
+def _refuse_other_classes(data: Dataset, targets: Tensor, model: nn.Module) -> None:
     heads = names_of(model)
     if data.classes and heads:
         found = [_place(name, heads) for name in data.classes]
@@ -57,7 +61,7 @@ def refuse_other_classes(data: Dataset, model: nn.Module) -> None:
             )
     out = _logits(data, model)
     if out is not None and out.dim() == 2:  # other heads have losses of their own
-        refuse_foreign_labels(out, data.targets, data.name, ignored=False)
+        refuse_foreign_labels(out, targets, data.name, ignored=False)
 
 
 def _logits(data: Dataset, model: nn.Module) -> Tensor | None:

@@ -143,10 +143,10 @@ def prepare(job: Job) -> Prepared:
         raise DataError(f"{needs} needs data and '{job.model}' has none of its own; give --data")
     samples = default_samples(opened) if job.samples is None else job.samples
     splits = open_data(data, opened, job.seed, samples) if data else None
-    for part in (splits.calibration, splits.evaluation) if splits else ():
-        refuse_other_classes(part, opened.model)
-    if recovery and splits:
-        recovery[0].refuse(opened.model, splits.calibration, method.units)
+    if splits:
+        refuse_other_classes(splits, opened.model)
+        if recovery:
+            recovery[0].refuse(opened.model, splits.calibration, method.units)
     return Prepared(job, opened, method, recovery, data, samples, splits)
 
 

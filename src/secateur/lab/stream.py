@@ -118,8 +118,8 @@ def _prepare(job: Job) -> Prepared:
         raise DataError(f"{method.name} needs data and '{job.model}' has none of its own; give --data")
     samples = default_samples(opened) if job.samples is None else job.samples
     splits: Splits | None = open_data(job.data, opened, job.seed, samples) if job.data else None
-    for part in (splits.calibration, splits.evaluation) if splits else ():
-        refuse_other_classes(part, opened.model)
+    if splits:
+        refuse_other_classes(splits, opened.model)
     return Prepared(job, opened, method, None, job.data, samples, splits)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from secateur import api, recover
 from secateur.core.errors import SecateurError
 from secateur.core.files import check_free, sweep, write_json
-from secateur.core.fingerprint import data_digest
+from secateur.core.fingerprint import model_digest
 from secateur.core.method import Method
 from secateur.core.plan import Plan
 from secateur.core.progress import Progress, Silent, track
@@ -263,7 +263,7 @@ def prepare(job: TrainJob, folder: Path, progress: Progress) -> tuple[Session, n
         parameter.requires_grad_(True)
     fit = Fitting(rest, recipe, seed=job.seed, progress=progress)
     order = job.model_dump(mode="json", exclude={"force", "verify", "tensorboard"})
-    ledger = Ledger(folder, order | fit.known_by | {"network": data_digest(model_state(dense).values())})
+    ledger = Ledger(folder, order | fit.known_by | {"network": model_digest(dense)})
     state = load_tree(folder / "state") if (folder / "state").exists() else None
     optimizer = recipe.make_optimizer(opened.model)
     if state is not None:

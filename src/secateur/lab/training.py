@@ -108,8 +108,7 @@ def training_data(request: TrainingRequest, opened: OpenedModel) -> Splits:
     found = open_data(data, opened, request.seed)
     if found.calibration.targets is None:
         return open_data(data, opened, request.seed, WINDOWS)
-    for part in (found.calibration, found.evaluation):
-        refuse_other_classes(part, opened.model)
+    refuse_other_classes(found, opened.model)
     return found
 
 

@@ -15,7 +15,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from secateur.allocate.structured import (
-    TOLERANCE,
     Cost,
     Counts,
     Normalise,
@@ -25,6 +24,7 @@ from secateur.allocate.structured import (
     choose_units,
     meet_cost,
     normalised,
+    overshot,
     reachable,
     target_of,
 )
@@ -302,6 +302,12 @@ class Work:
             case _:
                 return None
 
+    @cached_property
+    def dense(self) -> float:
+        """The cost of the whole model; asked for only where the budget counts one."""
+        assert self.cost is not None
+        return self.cost({name: site.units for name, site in self.sites.items()})
+
     def _file_cost(self) -> Cost:
         """Bytes of the safetensors file: everything in the state dict once, and the header."""
         known = self.structure.observation.tensors
@@ -368,8 +374,7 @@ class Work:
         """Whether wide steps of widths have gone past the whole way, so that a later step would bring units back."""
         if self.cost is None:
             return False
-        dense = self.cost({name: site.units for name, site in self.sites.items()})
-        return self.cost({name: int(mask.sum()) for name, mask in masks.items()}) < target_of(self.budget, dense)
+        return self.cost({name: int(mask.sum()) for name, mask in masks.items()}) < target_of(self.budget, self.dense)
 
     def whole(self) -> dict[str, Tensor]:
         """Masks that keep everything."""
@@ -445,8 +450,7 @@ class Work:
             return self.budget
         if self.cost is None:
             return Budget(self.budget.sparsity * part, floor=self.budget.floor)
-        dense = self.cost({name: site.units for name, site in self.sites.items()})
-        return replace(self.budget, amount=1 - (1 - target_of(self.budget, dense) / dense) * part)
+        return replace(self.budget, amount=1 - (1 - target_of(self.budget, self.dense) / self.dense) * part)
 
     def meet(self, counts_at: Callable[[float], Counts]) -> Counts:
         """Kept units per site, by a method's own allocation, that meet the budget.
@@ -489,14 +493,7 @@ class Work:
         """A word where more goes than a budget asks."""
         if self.budget.quantity is Quantity.MILLISECONDS or self.cost is None:
             return []
-        dense = self.cost({name: site.units for name, site in self.sites.items()})
-        reached = self.cost(counts) / dense
-        if target_of(self.budget, dense) / dense - reached <= TOLERANCE:
-            return []
-        return [
-            f"more goes than {self.budget} asks, {reached:.4g} of the dense {self.budget.quantity} is left: the widths "
-            "that can be chosen lie further apart"
-        ]
+        return overshot(self.budget, self.cost(counts), self.dense, "the widths that can be chosen lie further apart")
 
     def scores(self, criterion: Criterion, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Scores at the sites' full size: what went in an earlier step stays lowest."""

@@ -7,12 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur.core.fingerprint import data_digest
+from secateur.core.fingerprint import model_digest
 from secateur.core.method import Batch
 from secateur.data.batches import forward, label_loss
 from secateur.data.running import device_of, evaluating
 from secateur.train.loop import Fitting
-from secateur.train.snapshot import model_state
 
 
 def distillation(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float) -> Tensor:
@@ -57,7 +56,7 @@ class Distilling(Fitting):
     def known_by(self) -> dict[str, Any]:
         """What a training depends on, as plain data."""
         own = {"temperature": self.temperature, "alpha": self.alpha}
-        return {**super().known_by, **own, "teacher": data_digest(model_state(self.teacher).values())}
+        return {**super().known_by, **own, "teacher": model_digest(self.teacher)}
 
     def reordered(self, seed: int) -> Distilling:
         """The same with another order of the data."""

@@ -320,9 +320,10 @@ class Lapp(Part):
 
     def _kept(self, run: Sparsifier) -> dict[str, float]:
         """What of the original network's FLOPs stays, by-passes counted, and of what the budget counts."""
-        cost, flops = (one.total(self.counts) / one.original for one in (self.costs, self.flops))
-        own = {f"{run.order.budget.quantity}_kept": cost} if run.order.budget.quantity is Quantity.PARAMETERS else {}
-        return {key: round(value, 6) for key, value in {"flops_kept": flops, **own}.items()}
+        figures, found = self._figures(), {}
+        if run.order.budget.quantity is Quantity.PARAMETERS:
+            found["parameters_kept"] = round(figures["cost"], 6)
+        return {"flops_kept": round(figures["flops"], 6), **found}
 
     def _facts(self, name: str) -> dict[str, float]:
         """Threshold, and in shares of the original network's FLOPs what stays of the layer and of its by-pass."""

@@ -178,7 +178,7 @@ def cost_aim(work: Work) -> Callable[[Mapping[str, Tensor]], bool] | None:
     cost = work.cost
     if cost is None:
         return None
-    target = target_of(work.budget, cost({name: site.units for name, site in work.sites.items()}))
+    target = target_of(work.budget, work.dense)
     return lambda masks: cost({name: int(mask.sum()) for name, mask in masks.items()}) <= target
 
 

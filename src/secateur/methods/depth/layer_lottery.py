@@ -42,7 +42,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from secateur.allocate.depth import block_site, keep_without
-from secateur.allocate.structured import TOLERANCE, Widths, target_of
+from secateur.allocate.structured import Widths, overshot, target_of
 from secateur.core import tags as t
 from secateur.core.budget import Budget, Quantity
 from secateur.core.errors import BudgetError, ModelError, NumericsError, SettingsError
@@ -177,12 +177,7 @@ def beyond(task: Task, settings: LayerLotterySettings, lists: list[Removable], k
         return [f"{task.budget} is a share of the {free} of {blocks} blocks that may go"] if free < blocks else []
     assert task.example is not None  # `uses_example`
     dense = MEASURED[quantity](task.model, resized(task.example, 1))
-    if target_of(task.budget, dense) / dense - kept[f"{quantity}_kept"] <= TOLERANCE:
-        return []
-    return [
-        f"more goes than {task.budget} asks, {kept[f'{quantity}_kept']:.4g} of the dense {quantity} is left: whole "
-        "blocks lie further apart"
-    ]
+    return overshot(task.budget, kept[f"{quantity}_kept"] * dense, dense, "whole blocks lie further apart")
 
 
 def amounts(budget: Budget, settings: LayerLotterySettings, lists: list[Removable]) -> tuple[int, ...]:
